@@ -1,0 +1,26 @@
+"""Fused kernels for variance-controlled off-policy reinforcement learning of language models (VCPO, arXiv 2602.17616)."""
+
+from vcpo_kernels._version import __version__
+from vcpo_kernels.backends.registry import use_backend
+from vcpo_kernels.baselines import off_policy_baseline
+from vcpo_kernels.segments import Segments
+from vcpo_kernels.step_size import EssLearningRate
+from vcpo_kernels.token_stats import TokenStats, token_stats
+from vcpo_kernels.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
+from vcpo_kernels.weights import EffectiveSampleSize, effective_sample_size, sequence_log_weights
+
+__all__ = [
+    "EffectiveSampleSize",
+    "EssLearningRate",
+    "Segments",
+    "TokenStats",
+    "VCPOConfig",
+    "VCPOOutput",
+    "__version__",
+    "effective_sample_size",
+    "off_policy_baseline",
+    "sequence_log_weights",
+    "token_stats",
+    "use_backend",
+    "vcpo_loss",
+]

@@ -1,0 +1,91 @@
+"""Argument checks shared by the public functions.
+
+Every error names the function and the argument, says what it got, what it wants and how to fix it. Checks that
+must read tensor data run only where that is free of a device synchronisation: on CPU tensors, outside a compiled graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+def describe(value: Any) -> str:
+    """Short text for an error: a tensor by dtype, shape and device, anything else by its repr."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None, fix: str = "") -> None:
+    """Raise unless `value` is a tensor of one of `dtypes`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{where}: {name} must be a torch.Tensor, got {describe(value)}. {fix}".rstrip())
+    if dtypes is not None and value.dtype not in dtypes:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{where}: {name} must be one of {wanted}, got {describe(value)}. {fix}".rstrip())
+
+
+def shape(where: str, name: str, value: Tensor, want: Sequence[int], because: str, fix: str = "") -> None:
+    """Raise unless `value` has exactly the shape `want`."""
+    if tuple(value.shape) != tuple(want):
+        raise ValueError(
+            f"{where}: {name} must have shape {tuple(want)} ({because}), got {describe(value)}. {fix}".rstrip()
+        )
+
+
+def same_device(where: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless two tensors live on one device."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{where}: {name} is on {value.device} but {other_name} is on {other.device}. "
+            f"Move it: {name}.to({other_name}.device)."
+        )
+
+
+def positive_float(where: str, name: str, value: Any, optional: bool = False) -> float | None:
+    """A finite float > 0 (or None where that is allowed); tensors are refused, since reading them would synchronise."""
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        also = " or None" if optional else ""
+        hint = f" Pass a Python number: float({name})." if isinstance(value, Tensor) else ""
+        raise TypeError(f"{where}: {name} must be a float > 0{also}, got {describe(value)}.{hint}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{where}: {name} must be finite and > 0, got {value!r}.")
+    return float(value)
+
+
+def choice(where: str, name: str, value: Any, options: Sequence[str]) -> None:
+    """Raise unless `value` is one of the named options."""
+    if value not in options:
+        listed = ", ".join(repr(o) for o in options)
+        raise ValueError(f"{where}: {name} must be one of {listed}, got {value!r}.")
+
+
+def readable(value: Tensor) -> bool:
+    """True where a check may look at the data: a real CPU tensor, not inside torch.compile."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def as_mask(where: str, name: str, value: Any) -> Tensor:
+    """A bool mask from bool, integer or 0/1 float masks (trainers use all three). Float values other than 0 and 1 are refused."""
+    tensor(where, name, value)
+    if value.dtype == torch.bool:
+        return value
+    if value.is_complex():
+        raise TypeError(f"{where}: {name} must be a bool, integer or 0/1 float tensor, got {describe(value)}.")
+    mask = value != 0
+    if readable(value) and not bool((mask == (value == 1)).all()):
+        raise ValueError(
+            f"{where}: {name} must hold only 0 and 1, got other values in {describe(value)}. "
+            f"Token weights do not belong in the mask; multiply coefficients instead. Fix: ({name} > 0)."
+        )
+    return mask

@@ -1,0 +1,39 @@
+"""Row geometry: any logits view with a contiguous last dimension, seen as [outer, inner, V] without a copy."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def row_groups(logits: Tensor, keep_last: bool) -> list[tuple[int, int]]:
+    """The batch dimensions of `logits` merged as far as their strides allow, as (size, stride) from outer to inner.
+
+    keep_last: leave the innermost batch dimension on its own (a shifted row must know its position in the sequence).
+    """
+    groups: list[tuple[int, int]] = []
+    for i in range(logits.dim() - 1):
+        size, stride = logits.shape[i], logits.stride(i)
+        last = keep_last and i == logits.dim() - 2
+        if groups and not last and groups[-1][1] == size * stride:
+            groups[-1] = (groups[-1][0] * size, stride)
+        elif groups and not last and groups[-1][0] == 1:
+            groups[-1] = (size, stride)
+        elif size != 1 or last or not groups:
+            groups.append((size, stride))
+    return groups or [(1, logits.shape[-1])]
+
+
+def as_rows(logits: Tensor, shift: bool) -> Tensor | None:
+    """`logits` [.., V] as a view [outer, inner, V], or None where its strides need more than two batch dimensions.
+
+    With `shift`, inner is the position in the sequence. Without, one group of rows comes as [1, N, V].
+    """
+    groups = row_groups(logits, keep_last=shift)
+    if len(groups) == 1:
+        groups = [(1, groups[0][0] * groups[0][1]), *groups]
+    if len(groups) > 2:
+        return None
+    (outer, outer_stride), (inner, inner_stride) = groups
+    return logits.as_strided(
+        (outer, inner, logits.shape[-1]), (outer_stride, inner_stride, 1), logits.storage_offset()
+    )

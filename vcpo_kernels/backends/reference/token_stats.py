@@ -1,0 +1,113 @@
+"""The specification of token_stats in eager torch. Any device; float64 in, float64 out.
+
+Written for reading: it materialises [outer, inner, V] several times over. Shapes: O outer, I inner (sequence) rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _scaled(rows: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    z = rows if rows.dtype == torch.float64 else rows.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def _to_rows(value: Tensor, shift: bool) -> Tensor:
+    """Token entries [O, I] in the order of the logits rows that predict them."""
+    return torch.roll(value, -1, dims=1) if shift else value
+
+
+def _live(mask: Tensor | None, shape: torch.Size, shift: bool, device: torch.device) -> Tensor:
+    """Which logits rows predict a token that counts, [O, I]."""
+    live = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.clone()
+    if shift:
+        live[:, :1] = False
+    return _to_rows(live, shift)
+
+
+def forward(
+    rows: Tensor,  # [O, I, V]
+    token_ids: Tensor,  # [O, I] int64
+    mask: Tensor | None,  # [O, I] bool
+    *,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, score_sqnorm, lse, each [O, I]."""
+    live = _live(mask, rows.shape[:2], shift, rows.device)
+    x = _scaled(rows, temperature, softcap)
+    ids = _to_rows(token_ids, shift)
+    known = (ids >= 0) & (ids < rows.shape[-1])
+    target = torch.where(known, ids, 0).unsqueeze(-1)
+
+    # The target apart from the rest of the row: 1 - p_y is then a sum of positive terms, not a difference.
+    x_target = x.gather(-1, target).squeeze(-1)
+    rest = x.scatter(-1, target, float("-inf"))
+    peak = torch.maximum(rest.amax(-1), x_target)
+    e_rest = torch.exp(rest - peak.unsqueeze(-1))
+    e_target = torch.exp(x_target - peak)
+    sum_rest = e_rest.sum(-1)
+    total = sum_rest + e_target
+    # log(total) keeps its relative precision when the target is the peak and total is barely above 1.
+    log_total = torch.where(e_target == 1, torch.log1p(sum_rest), torch.log(total))
+
+    logp = (x_target - peak) - log_total
+    lse = peak + log_total
+    centred = torch.where(e_rest > 0, rest - peak.unsqueeze(-1), 0.0)
+    centred_target = torch.where(e_target > 0, x_target - peak, 0.0)
+    mean_centred = ((e_rest * centred).sum(-1) + e_target * centred_target) / total
+    entropy = log_total - mean_centred
+    score = (sum_rest / total).square() + (e_rest / total.unsqueeze(-1)).square().sum(-1)
+
+    nan = torch.full_like(logp, float("nan"))
+    logp, score = torch.where(known, logp, nan), torch.where(known, score, nan)
+    outputs = (torch.where(live, value, 0.0) for value in (logp, entropy, score, lse))
+    logp, entropy, score, lse = (torch.roll(o, 1, dims=1) if shift else o for o in outputs)
+    return logp, entropy, score, lse
+
+
+def backward(
+    out: Tensor,  # [O, I, V], written; may be `rows` itself
+    rows: Tensor,  # [O, I, V]
+    token_ids: Tensor,  # [O, I] int64
+    mask: Tensor | None,  # [O, I] bool
+    logp: Tensor,  # [O, I], as are all below
+    entropy: Tensor,
+    lse: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> None:
+    """d rows = g (1[v=y] - p) - h p (log p + entropy), through softcap and temperature; 0 where g = h = 0."""
+    zero = torch.zeros_like(logp)
+    live = _live(mask, rows.shape[:2], shift, rows.device)
+    g = torch.where(live, _to_rows(zero if grad_logp is None else grad_logp, shift), 0.0).unsqueeze(-1)
+    h = torch.where(live, _to_rows(zero if grad_entropy is None else grad_entropy, shift), 0.0).unsqueeze(-1)
+    x = _scaled(rows, temperature, softcap)
+    ids = _to_rows(token_ids, shift)
+    known = (ids >= 0) & (ids < rows.shape[-1])
+    target = torch.where(known, ids, 0).unsqueeze(-1)
+
+    # log p_v = (x_v - x_y) + logp_y keeps full precision where lse is large; lse serves where x_y is -inf.
+    logp_rows = _to_rows(logp, shift).unsqueeze(-1)
+    pivot = x.gather(-1, target)
+    by_target = torch.isfinite(logp_rows)
+    log_p = torch.where(by_target, (x - pivot) + logp_rows, x - _to_rows(lse, shift).unsqueeze(-1))
+    p = log_p.exp()
+    dx = -g * p - h * torch.where(p > 0, p * (log_p + _to_rows(entropy, shift).unsqueeze(-1)), 0.0)
+    p_target = torch.exp(logp_rows)
+    h_part = torch.where(p_target > 0, p_target * (logp_rows + _to_rows(entropy, shift).unsqueeze(-1)), 0.0)
+    dx = dx.scatter(-1, target, -g * torch.expm1(logp_rows) - h * h_part)
+    dx = torch.where(known.unsqueeze(-1), dx, torch.full_like(dx, float("nan")))
+    dx = dx / temperature
+    if softcap is not None:
+        dx = dx * (1 - torch.tanh(rows.to(dx.dtype) / softcap).square())
+    out.copy_(torch.where((g == 0) & (h == 0), 0.0, dx))

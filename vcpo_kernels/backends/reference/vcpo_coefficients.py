@@ -1,0 +1,111 @@
+"""The specification of vcpo_coefficients in eager torch, from the public formulas of weights.py and baselines.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import baselines, weights
+from vcpo_kernels.backends.reference import segment_sum
+from vcpo_kernels.segments import without_first
+from vcpo_kernels.vcpo_coefficients import SequenceResults
+
+
+def aggregation_scale(
+    aggregation: str, lengths: Tensor, num_sequences: Tensor, num_tokens: Tensor, max_tokens: float | None
+) -> Tensor:
+    """k_i [B] float64. A sequence without tokens gets a finite number; its coefficient is 0 all the same."""
+    if aggregation == "token-mean":
+        return (1 / num_tokens.clamp(min=1)).expand_as(lengths)
+    per_sequence = {
+        "seq-mean-token-mean": lengths.clamp(min=1),
+        "seq-mean-token-sum": torch.ones_like(lengths),
+        "seq-mean-token-sum-norm": torch.full_like(lengths, max_tokens or 1.0),
+    }[aggregation]
+    return 1 / (num_sequences.clamp(min=1) * per_sequence)
+
+
+def forward(
+    logp: Tensor,  # [N], as behavior_logp, token_scores, mask, order
+    behavior_logp: Tensor,
+    token_scores: Tensor | None,
+    score_norms: Tensor | None,  # [B], as rewards, group_ids
+    rewards: Tensor,
+    group_ids: Tensor | None,
+    group_size: int,
+    num_groups: int,
+    mask: Tensor | None,
+    offsets: Tensor,  # [B + 1]
+    order: Tensor | None,
+    skip_first: bool,
+    baseline_weighting: str,
+    aggregation: str,
+    normalize_std: bool,
+    max_weight: float | None,
+    ess_max_weight: float | None,
+    num_sequences: float | None,
+    num_tokens: float | None,
+    max_tokens: float | None,
+) -> SequenceResults:
+    """See `vcpo_kernels.vcpo_coefficients`. Sequence-sized arithmetic in float64 from L_i as it is returned."""
+    dtype, batch = logp.dtype, rewards.shape[0]
+    if skip_first and order is None:
+        mask = without_first(mask, offsets, logp.numel())
+
+    def total(values: Tensor) -> Tensor:
+        return segment_sum.forward(values, mask, offsets, order)
+
+    log_w = total(logp - behavior_logp)
+    lengths = total(torch.ones_like(logp, dtype=torch.float64))
+    if score_norms is None:
+        assert token_scores is not None
+        score_norms = total(token_scores)
+    norms = score_norms.double()
+    live = lengths > 0
+    ok = weights.usable(log_w, live) & rewards.isfinite() & (norms >= 0) & (norms < math.inf)
+    big_l = torch.where(ok, log_w.double(), -math.inf)
+    clip = math.inf if max_weight is None else math.log(max_weight)
+    clipped = big_l.clamp(max=clip)
+
+    b_count = live.sum().double() if num_sequences is None else norms.new_tensor(num_sequences)
+    t_count = lengths.sum() if num_tokens is None else norms.new_tensor(num_tokens)
+    scale = aggregation_scale(aggregation, lengths, b_count, t_count, max_tokens)
+
+    ids = torch.arange(batch, device=logp.device) // group_size if group_ids is None else group_ids
+    ok = ok & (ids >= 0) & (ids < num_groups)
+    ids = ids.clamp(0, max(num_groups - 1, 0))
+    terms = baselines.SequenceTerms(big_l, clipped, norms.log(), scale.log(), lengths.log())
+    r = rewards.double()
+    baseline, std, equal = baselines.group_baselines(
+        r, baselines.WEIGHTINGS[baseline_weighting](terms), ok, ids, num_groups
+    )
+    advantages = r - baseline[ids]
+    if normalize_std:
+        advantages = advantages / torch.where(std > 1e-8, std, 1.0)[ids]
+    advantages = torch.where(ok & ~equal[ids], advantages, 0.0)
+    coefficients = torch.where(advantages != 0, scale * clipped.exp() * advantages, 0.0)
+
+    ess_log_w = log_w if ess_max_weight is None else log_w.clamp(max=math.log(ess_max_weight))
+    moments = weights.ess_moments(torch.where(ok, ess_log_w.double(), math.nan), live)
+    ess, ratio = weights.ess_from_moments(moments)
+    taking_part = ok.sum().clamp(min=1)
+    seen = torch.zeros(num_groups, dtype=torch.bool, device=logp.device).index_fill_(0, ids[ok], True)
+    metrics = torch.stack(
+        [
+            ess,
+            ratio,
+            live.sum().double(),
+            lengths.sum(),
+            (live & ~ok).sum().double(),
+            (ok & (big_l > clip)).sum() / taking_part,
+            torch.where(ok, big_l, 0.0).sum() / taking_part,
+            torch.where(ok.any(), torch.where(ok, big_l, -math.inf).amax(), 0.0) if batch else ess,
+            torch.where(ok, r, 0.0).sum() / taking_part,
+            advantages.square().sum() / taking_part,
+            (equal & seen).sum() / seen.sum().clamp(min=1),
+        ]
+    )
+    as_given = (t.to(dtype) for t in (baseline, advantages, coefficients, metrics))
+    return SequenceResults(log_w, lengths.to(dtype), moments, *as_given)

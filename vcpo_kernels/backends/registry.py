@@ -1,0 +1,185 @@
+"""What each backend supports, why not where it does not, and which one serves a call.
+
+A backend is a package `vcpo_kernels.backends.<name>` with one module per op, imported at first use. It declares what it
+supports as data (`Backend`); `select` walks `ORDER` for the tensor's device and takes the first backend without
+objections. `use_backend` forces one; where it objects, the error lists every backend with its reasons.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+
+ROW_OPS = frozenset({"token_stats"})
+SEQUENCE_OPS = frozenset({"segment_sum", "segment_spread", "vcpo_coefficients"})
+
+HALF_AND_SINGLE = frozenset({torch.bfloat16, torch.float16, torch.float32})
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of some ops.
+
+    ops, devices, dtypes: what it serves (dtypes are those of the largest input). probe: None where it can run here, else
+    the reason. relative_error: bound on its fp32 outputs against float64, as a factor of (1 + |value|); tests read it.
+    """
+
+    name: str
+    ops: frozenset[str]
+    devices: frozenset[str] | None  # None: any
+    dtypes: frozenset[torch.dtype]
+    probe: Callable[[], str | None]
+    relative_error: float = 2e-6
+
+
+@cache
+def native_problem() -> str | None:
+    """None where the compiled extension loads, else why not."""
+    try:
+        importlib.import_module("vcpo_kernels._native")
+    except ImportError as error:
+        return (
+            f"the compiled extension vcpo_kernels._native does not load ({error}); "
+            "install a C++ compiler and run `pip install .` in the source folder"
+        )
+    return None
+
+
+@cache
+def triton_problem() -> str | None:
+    """None where triton imports, else why not. (It may import and still have no device to run on.)"""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken triton raises far more than ImportError, and must not take us along
+        return f"triton does not import ({type(error).__name__}: {error}); `pip install triton` (Linux only)"
+    return None
+
+
+def triton_interpreted() -> bool:
+    """True where triton kernels run through its interpreter: TRITON_INTERPRET was set before triton was imported."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+BACKENDS: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend(
+            name="reference",
+            ops=ROW_OPS | SEQUENCE_OPS,
+            devices=None,
+            dtypes=HALF_AND_SINGLE | {torch.float64},
+            probe=lambda: None,
+        ),
+        Backend(
+            name="native",
+            ops=ROW_OPS,
+            devices=frozenset({"cpu"}),
+            dtypes=HALF_AND_SINGLE,
+            probe=native_problem,
+        ),
+        Backend(
+            name="triton",
+            ops=ROW_OPS | SEQUENCE_OPS,
+            devices=frozenset({"cuda"}),
+            dtypes=HALF_AND_SINGLE,
+            probe=triton_problem,
+        ),
+    )
+}
+
+# First without objections serves. A backend that is not listed for a device can still be forced there if it supports it.
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+DEFAULT_ORDER = ("reference",)
+
+_forced: list[str] = []
+
+
+def objections(name: str, op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Every reason why backend `name` cannot serve `op` on these tensors; empty where it can."""
+    backend = BACKENDS[name]
+    reasons = []
+    if op not in backend.ops:
+        reasons.append(f"has no {op}")
+    if backend.devices is not None and device.type not in backend.devices:
+        if not (name == "triton" and device.type == "cpu"):
+            reasons.append(f"runs on {', '.join(sorted(backend.devices))} tensors, not on {device.type}")
+        elif not triton_interpreted():
+            reasons.append("runs on cpu tensors only under its interpreter: set TRITON_INTERPRET=1 before the import")
+    if dtype not in backend.dtypes:
+        reasons.append(f"does not take {str(dtype).removeprefix('torch.')}")
+    if not reasons and (problem := backend.probe()) is not None:
+        reasons.append(problem)
+    return reasons
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module that serves `op` for tensors of this device and dtype.
+
+    Raises RuntimeError naming every backend with its reasons where none, or not the forced one, can.
+    """
+    candidates = ORDER.get(device.type, DEFAULT_ORDER)
+    if _forced:
+        forced = _forced[-1]
+        candidates = (forced,) if op in ROW_OPS or op in BACKENDS[forced].ops else candidates
+    for name in candidates:
+        if not objections(name, op, device, dtype):
+            if name == "reference" and not _forced and op in ROW_OPS and dtype != torch.float64:
+                _warn_slow(op, device.type)
+            return _load(name, op)
+    lines = [f"{op}: no backend can serve {dtype} tensors on {device} (asked for: {', '.join(candidates)})."]
+    for name in BACKENDS:
+        reasons = objections(name, op, device, dtype)
+        lines.append(f"  {name}: {'; '.join(reasons) or 'can serve it'}")
+    raise RuntimeError("\n".join(lines))
+
+
+@cache
+def _load(name: str, op: str) -> ModuleType:
+    return importlib.import_module(f"vcpo_kernels.backends.{name}.{op}")
+
+
+@cache
+def _warn_slow(op: str, device_type: str) -> None:
+    fast = ORDER.get(device_type, DEFAULT_ORDER)[0]
+    if fast == "reference":
+        return
+    reasons = objections(fast, op, torch.device(device_type), torch.float32)
+    warnings.warn(
+        f"vcpo_kernels: {op} runs on the slow reference backend, because {fast}: {'; '.join(reasons)}. "
+        "`python -m vcpo_kernels.env` shows every backend.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every op inside the context by one backend: "reference", "native" or "triton".
+
+    Forward and backward each use the backend in force when they run, so keep `loss.backward()` inside to force both.
+    What the backend cannot serve raises RuntimeError with every backend's reasons; only sequence ops that it does not
+    have at all ("native" has none) go to the default one. Not thread-safe: it is meant for tests and comparisons.
+
+    Raises ValueError for an unknown name.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> with vk.use_backend("reference"):
+    ...     stats = vk.token_stats(torch.zeros(2, 4), torch.tensor([1, 3]))
+    >>> stats.entropy
+    tensor([1.3863, 1.3863])
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()

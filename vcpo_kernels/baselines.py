@@ -1,0 +1,162 @@
+"""Baselines b_g of each prompt group, and the advantages they give.
+
+Layer: sequences [B]. Every baseline here is a softmax-weighted mean of the group's rewards, b_g = sum_i a_i R_i with
+a = softmax over the group of some log-weight per sequence; `WEIGHTINGS` says which. Adding one is adding a line there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.weights import usable
+
+
+@dataclass(frozen=True)
+class SequenceTerms:
+    """What a baseline's log-weight may be made of, each [B] float64.
+
+    log_weights: L_i, unclipped. log_clipped: min(L_i, log max_weight). log_norms: log n_i = log ||grad log pi(y_i)||^2.
+    log_scale: log k_i, the aggregation's factor. log_lengths: log |T_i|.
+    """
+
+    log_weights: Tensor
+    log_clipped: Tensor
+    log_norms: Tensor
+    log_scale: Tensor
+    log_lengths: Tensor
+
+
+# What stands in the softmax. "paper": VCPO, arXiv 2602.17616. "estimator": minimises the variance of the truncated,
+# length-normalised estimator that is really used. "official": what the authors' code computes, w counted twice.
+# "mean": the group mean (GRPO). "length": length-weighted (OPO, arXiv 2505.23585).
+WEIGHTINGS: dict[str, Callable[[SequenceTerms], Tensor]] = {
+    "paper": lambda t: 2 * t.log_weights + t.log_norms,
+    "estimator": lambda t: 2 * (t.log_scale + t.log_clipped) + t.log_norms,
+    "official": lambda t: 2 * t.log_clipped + 2 * t.log_weights + t.log_norms,
+    "mean": lambda t: torch.zeros_like(t.log_weights),
+    "length": lambda t: t.log_lengths,
+}
+
+
+def group_ids(
+    where: str, groups: int | Tensor, num_sequences: int, device: torch.device, num_groups: int | None
+) -> tuple[Tensor, int]:
+    """`groups` as int64 ids [B] and the number of groups, checked."""
+    if isinstance(groups, Tensor):
+        _checks.tensor(where, "groups", groups, _checks.ID_DTYPES)
+        _checks.shape(where, "groups", groups, (num_sequences,), "one group id per sequence")
+        count = num_sequences if num_groups is None else num_groups
+        if _checks.readable(groups) and groups.numel() and bool(((groups < 0) | (groups >= count)).any()):
+            raise ValueError(
+                f"{where}: groups must lie in [0, {count}), got ids from {int(groups.min())} to {int(groups.max())}. "
+                "Number them from 0: torch.unique(groups, return_inverse=True)[1]."
+            )
+        return groups.to(torch.int64), count
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(
+            f"{where}: groups must be an int (sequences per prompt, consecutive) or an int64 tensor [B], "
+            f"got {_checks.describe(groups)}."
+        )
+    if groups < 1 or num_sequences % groups:
+        raise ValueError(
+            f"{where}: groups={groups} must divide the {num_sequences} sequences of the batch into whole prompts. "
+            "For groups of unequal size pass an int64 tensor of group ids."
+        )
+    return torch.arange(num_sequences, device=device) // groups, num_sequences // groups
+
+
+def grouped(reduce: str, values: Tensor, ids: Tensor, count: int, start: float) -> Tensor:
+    """values [B] reduced by group -> [count]; `reduce` is "sum", "amax" or "amin", `start` the value of an empty group."""
+    out = torch.full((count,), start, dtype=values.dtype, device=values.device)
+    return out.scatter_reduce(0, ids, values, reduce, include_self=True)
+
+
+def group_baselines(
+    rewards: Tensor, log_a: Tensor, ok: Tensor, ids: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax-weighted reward of each group, its population standard deviation, and whether all its rewards are equal.
+
+    rewards, log_a: [B] float64; ok: bool [B], which sequences take part. Each result [count]; a group of whose sequences
+    none takes part has baseline NaN. Where every log_a of a group is -inf, the baseline is the mean reward.
+    """
+    r = torch.where(ok, rewards, 0.0)
+    size = grouped("sum", ok.double(), ids, count, 0.0)
+    mean = grouped("sum", r, ids, count, 0.0) / size
+    log_a = torch.where(ok, log_a, -math.inf)
+    peak = grouped("amax", log_a, ids, count, -math.inf)
+    a = torch.where(ok & (log_a > -math.inf), torch.exp(log_a - peak[ids]), 0.0)
+    total = grouped("sum", a, ids, count, 0.0)
+    weighted = grouped("sum", a * r, ids, count, 0.0) / total
+    baseline = torch.where(total > 0, weighted, mean)
+    deviation = torch.where(ok, (r - mean[ids]).square(), 0.0)
+    std = (grouped("sum", deviation, ids, count, 0.0) / size).sqrt()
+    highest = grouped("amax", torch.where(ok, rewards, -math.inf), ids, count, -math.inf)
+    lowest = grouped("amin", torch.where(ok, rewards, math.inf), ids, count, math.inf)
+    return baseline, std, highest <= lowest
+
+
+def off_policy_baseline(
+    rewards: Tensor,
+    log_weights: Tensor,
+    score_sqnorm: Tensor,
+    groups: int | Tensor,
+    num_groups: int | None = None,
+) -> Tensor:
+    """The off-policy optimal baseline: b_g = sum_i a_i R_i, a = softmax_i(2 L_i + log n_i) over group g (VCPO's OPOB).
+
+    It minimises the variance of sum_i w_i (R_i - b) grad log pi(y_i) over b. A group whose n are all 0 falls back to its
+    mean reward. Sequences whose L_i is NaN or +inf take no part. `vcpo_loss` offers the other weightings.
+
+    Args:
+        rewards: R_i, [B].
+        log_weights: L_i, [B] (`sequence_log_weights`).
+        score_sqnorm: n_i = ||grad log pi(y_i)||^2, [B], or the logit proxy `segments.sum(stats.score_sqnorm)`.
+        groups: sequences per prompt (consecutive), or a group id per sequence, [B].
+        num_groups: for ids, how many groups there are; default B, an upper bound that needs no synchronisation.
+
+    Returns:
+        [num_groups] in rewards' dtype; NaN for a group without sequences.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> vk.off_policy_baseline(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([3.0, 1.0]), 2)
+    tensor([0.7500])
+    """
+    where = "off_policy_baseline"
+    _checks.tensor(where, "rewards", rewards, (torch.float32, torch.float64), "Convert it: rewards.float().")
+    if rewards.dim() != 1:
+        raise ValueError(f"{where}: rewards must be [B], got {_checks.describe(rewards)}.")
+    for name, value in (("log_weights", log_weights), ("score_sqnorm", score_sqnorm)):
+        _checks.tensor(where, name, value, (torch.float32, torch.float64))
+        _checks.shape(where, name, value, rewards.shape, "rewards.shape")
+        _checks.same_device(where, name, value, "rewards", rewards)
+    check_rewards(where, rewards, torch.ones_like(rewards, dtype=torch.bool))
+    check_norms(where, "score_sqnorm", score_sqnorm)
+    ids, count = group_ids(where, groups, rewards.shape[0], rewards.device, num_groups)
+    log_a = 2 * log_weights.double() + score_sqnorm.double().log()
+    ok = usable(log_weights) & ~rewards.isnan() & ~score_sqnorm.isnan()
+    return group_baselines(rewards.double(), log_a, ok, ids, count)[0].to(rewards.dtype)
+
+
+def check_rewards(where: str, rewards: Tensor, live: Tensor) -> None:
+    """On the CPU, a reward of a live sequence that is not finite is an error."""
+    if _checks.readable(rewards) and not bool((rewards.isfinite() | ~live).all()):
+        at = int((~rewards.isfinite() & live).nonzero()[0])
+        raise ValueError(
+            f"{where}: rewards of sequences with valid tokens must be finite, got {float(rewards[at])} at index {at}. "
+            "Give failed samples a finite reward, or mask all their tokens out."
+        )
+
+
+def check_norms(where: str, name: str, norms: Tensor) -> None:
+    """On the CPU, squared norms that are negative or not finite are an error."""
+    if _checks.readable(norms) and not bool(((norms >= 0) & (norms < math.inf)).all()):
+        raise ValueError(f"{where}: {name} must hold finite values >= 0 (squared norms), got {norms.tolist()[:8]}...")

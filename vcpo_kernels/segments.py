@@ -1,0 +1,184 @@
+"""Segments: which tokens belong to which sequence, for padded, packed and indexed batches.
+
+Layer: tokens [N] -> sequences [B]. All three layouts come down to the same few tensors, so every kernel has one form:
+sequence i owns the flat positions order[offsets[i] : offsets[i + 1]] (order None: the positions themselves), of which the
+mask says which count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.segment_sum import segment_sum
+
+
+def without_first(mask: Tensor | None, offsets: Tensor, num_tokens: int) -> Tensor:
+    """mask [num_tokens] (None: all true) with the token at each of offsets[:-1] taken out. No synchronisation."""
+    first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=offsets.device)
+    first[offsets[:-1].clamp(max=num_tokens)] = True  # an empty last sequence starts past the end
+    return ~first[:-1] if mask is None else mask & ~first[:-1]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Sequences over a batch of tokens. Make one with `padded`, `packed` or `indexed`.
+
+    mask: flat bool [N], true where a token counts; None: all do.
+    offsets: int64 [B + 1], sequence i's range, clamped to N by every reader.
+    order: int64 [N] flat positions sorted by sequence (indexed batches), or None where they are sorted already.
+    shape: the shape token tensors must have; None (packed): any shape with as many elements.
+    max_length: the longest that a sequence can be, where the layout tells (padded: T), else None.
+    """
+
+    mask: Tensor | None
+    offsets: Tensor
+    order: Tensor | None
+    shape: tuple[int, ...] | None
+    max_length: int | None
+
+    @property
+    def num_sequences(self) -> int:
+        """B."""
+        return self.offsets.numel() - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """Valid tokens of each sequence, |T_i|: float32 [B]."""
+        if self.mask is None:
+            return torch.diff(self.offsets).float()
+        return segment_sum(self.mask.float(), self.mask, self.offsets, self.order)
+
+    def mask_without_first(self, num_tokens: int) -> Tensor | None:
+        """The flat mask less each sequence's first token, which `shift=True` has no prediction for.
+
+        Indexed tokens keep theirs: what precedes a token there (a shared prefix) is not for the segments to know.
+        """
+        return self.mask if self.order is not None else without_first(self.mask, self.offsets, num_tokens)
+
+    @staticmethod
+    def padded(mask: Tensor) -> Segments:
+        """Sequences as rows of a padded batch.
+
+        mask: [B, T], true (or 1) where a token counts, normally the response tokens.
+
+        Raises TypeError or ValueError for anything else.
+
+        >>> import torch, vcpo_kernels as vk
+        >>> seg = vk.Segments.padded(torch.tensor([[1, 1, 0], [1, 0, 0]]))
+        >>> seg.sum(torch.tensor([[0.5, 1.0, 9.0], [2.0, 9.0, 9.0]]))
+        tensor([1.5000, 2.0000])
+        """
+        where = "Segments.padded"
+        mask = _checks.as_mask(where, "mask", mask)
+        if mask.dim() != 2:
+            raise ValueError(
+                f"{where}: mask must be [B, T], got {_checks.describe(mask)}. For flat tokens use Segments.packed or .indexed."
+            )
+        batch, length = mask.shape
+        offsets = torch.arange(batch + 1, device=mask.device) * length
+        return Segments(mask.reshape(-1), offsets, None, (batch, length), length)
+
+    @staticmethod
+    def packed(cu_seqlens: Tensor, mask: Tensor | None = None) -> Segments:
+        """Sequences end to end in one row of tokens, as varlen attention has them.
+
+        cu_seqlens: int32 or int64 [B + 1], ascending from 0; sequence i owns tokens cu_seqlens[i] to cu_seqlens[i + 1].
+            Tokens past the last entry (padding to a multiple) belong to no sequence.
+        mask: [N] or [1, N], true where a token counts. With `shift=True` the first token of each sequence has no
+            prediction of its own and belongs outside.
+
+        Raises TypeError or ValueError for a wrong dtype or shape and, on the CPU, for entries that do not ascend from 0.
+
+        >>> import torch, vcpo_kernels as vk
+        >>> vk.Segments.packed(torch.tensor([0, 2, 5])).sum(torch.ones(5))
+        tensor([2., 3.])
+        """
+        where = "Segments.packed"
+        _checks.tensor(where, "cu_seqlens", cu_seqlens, _checks.ID_DTYPES)
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
+            raise ValueError(f"{where}: cu_seqlens must be [B + 1], got {_checks.describe(cu_seqlens)}.")
+        if _checks.readable(cu_seqlens) and (
+            int(cu_seqlens[0]) != 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any())
+        ):
+            raise ValueError(
+                f"{where}: cu_seqlens must ascend from 0, got {cu_seqlens.tolist()[:8]}... "
+                "From lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
+            )
+        shape = None
+        if mask is not None:
+            mask = _checks.as_mask(where, "mask", mask)
+            _checks.same_device(where, "mask", mask, "cu_seqlens", cu_seqlens)
+            if _checks.readable(cu_seqlens) and int(cu_seqlens[-1]) > mask.numel():
+                raise ValueError(
+                    f"{where}: cu_seqlens ends at {int(cu_seqlens[-1])} but mask has only {mask.numel()} tokens."
+                )
+            shape = (mask.numel(),)
+            mask = mask.reshape(-1)
+        return Segments(mask, cu_seqlens.to(torch.int64), None, shape, None)
+
+    @staticmethod
+    def indexed(segment_id: Tensor, num_sequences: int, mask: Tensor | None = None) -> Segments:
+        """Tokens in any order, each with the number of its sequence (prefix-tree-packed rows, shuffled micro-batches).
+
+        segment_id: integers, any shape; -1 marks a token of no sequence.
+        num_sequences: B; ids are below it.
+        mask: the shape of segment_id, true where a token counts.
+
+        Raises TypeError or ValueError for a wrong dtype or shape and, on the CPU, for ids outside [-1, num_sequences).
+
+        >>> import torch, vcpo_kernels as vk
+        >>> vk.Segments.indexed(torch.tensor([1, 0, 1, -1]), 2).sum(torch.tensor([1.0, 2.0, 4.0, 8.0]))
+        tensor([2., 5.])
+        """
+        where = "Segments.indexed"
+        _checks.tensor(where, "segment_id", segment_id, _checks.ID_DTYPES)
+        if isinstance(num_sequences, bool) or not isinstance(num_sequences, int) or num_sequences < 0:
+            raise TypeError(f"{where}: num_sequences must be an int >= 0, got {_checks.describe(num_sequences)}.")
+        ids = segment_id.reshape(-1)
+        if _checks.readable(ids) and ids.numel() and bool(((ids < -1) | (ids >= num_sequences)).any()):
+            raise ValueError(
+                f"{where}: segment_id must lie in [-1, {num_sequences}), got values from {int(ids.min())} to "
+                f"{int(ids.max())}. Raise num_sequences, or mark tokens of no sequence with -1."
+            )
+        if mask is not None:
+            mask = _checks.as_mask(where, "mask", mask)
+            _checks.shape(where, "mask", mask, segment_id.shape, "segment_id.shape")
+            mask = mask.reshape(-1)
+        last = torch.where((ids < 0) | (ids >= num_sequences), num_sequences, ids.to(torch.int64))
+        in_order, order = torch.sort(last, stable=True)
+        bounds = torch.arange(num_sequences + 1, device=ids.device)
+        return Segments(mask, torch.searchsorted(in_order, bounds), order, tuple(segment_id.shape), None)
+
+    def flat(self, where: str, name: str, value: Any) -> Tensor:
+        """A token tensor as [N], after checking that it belongs to these segments."""
+        _checks.tensor(where, name, value)
+        _checks.same_device(where, name, value, "segments", self.offsets)
+        if self.shape is not None:
+            # [N] and [1, N] are the same tokens; anything else must match dimension by dimension.
+            if [n for n in value.shape if n != 1] != [n for n in self.shape if n != 1]:
+                raise ValueError(
+                    f"{where}: {name} must have the segments' shape {self.shape}, got {_checks.describe(value)}."
+                )
+        elif _checks.readable(self.offsets) and value.numel() < int(self.offsets[-1]):
+            raise ValueError(
+                f"{where}: {name} must hold the {int(self.offsets[-1])} tokens that cu_seqlens spans, "
+                f"got {_checks.describe(value)}."
+            )
+        return value.reshape(-1)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of each sequence's valid tokens: [B] from a token tensor. Accumulated in float64; differentiable.
+
+        Masked-out tokens contribute exactly nothing, whatever they hold (NaN and inf included).
+        """
+        flat = self.flat("Segments.sum", "values", values)
+        return segment_sum(flat, self.mask, self.offsets, self.order)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each sequence's valid tokens, [B]; 0 for a sequence without any. Differentiable."""
+        return self.sum(values) / self.lengths.clamp(min=1)

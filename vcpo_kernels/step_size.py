@@ -1,0 +1,211 @@
+"""EssLearningRate: scale each optimizer step by the effective sample size of the batch behind it.
+
+Layer: scalars. eta_eff = eta * min(1, rho / rho_ref)^exponent, rho = ESS / B of everything observed since the last step.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from vcpo_kernels import _checks
+from vcpo_kernels.vcpo import VCPOOutput
+from vcpo_kernels.weights import EffectiveSampleSize, ess_from_moments, ess_moments, merge_moments
+
+RULES: dict[str, float] = {"sqrt": 0.5, "linear": 1.0}  # exponent of min(1, rho / rho_ref)
+
+
+@dataclass
+class _Observation:
+    """One micro-batch: its ESS moments [3], and whether its loss has been backpropagated (None: there is no loss to watch)."""
+
+    moments: Tensor
+    backpropagated: bool | None
+
+
+class EssLearningRate:
+    """Scales the learning rate of every `optimizer.step()` by the ESS of the batch, and restores it after the step.
+
+    rate used = rate * min(1, rho / reference)^(1/2) ("sqrt", VCPO arXiv 2602.17616) or the first power ("linear"). rho is
+    taken over all micro-batches observed since the last step, merged exactly, and over all ranks of `process_group`. It
+    works through optimizer hooks: schedulers see and set the unscaled rate, before or after; AdamW default, foreach, fused
+    and capturable honour it. A tensor learning rate is scaled in place, without a synchronisation; a float one costs one
+    read of a scalar per step.
+
+    Gradients that are thrown away take their observations with them: `optimizer.zero_grad()` forgets every observation
+    whose loss was backpropagated, so a step that a GradScaler skipped does not leak into the next. Code that clears
+    gradients elsewhere (`model.zero_grad()`) calls `reset()`.
+
+    Args:
+        optimizer: any torch.optim.Optimizer.
+        rule: "sqrt" or "linear".
+        reference: rho_ref, the ratio from which on steps are full, > 0.
+        process_group: a torch.distributed group over whose ranks ESS is taken; every rank must then step together.
+
+    Attributes:
+        ratio, scale: rho and the factor of the last step, 0-d tensors (None before the first).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> rate = vk.EssLearningRate(optimizer)
+    >>> rate.observe(torch.tensor([0.0, -1e4, -1e4, -1e4]))  # log-weights: one of four sequences has all the weight
+    >>> weight.grad = torch.ones(1); optimizer.step(); weight.item()
+    -0.5
+    >>> optimizer.param_groups[0]["lr"]
+    1.0
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: str = "sqrt",
+        reference: float = 1.0,
+        process_group: Any = None,
+    ) -> None:
+        where = "EssLearningRate"
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"{where}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+                "Pass the inner optimizer of a wrapper (often `.optimizer`)."
+            )
+        _checks.choice(where, "rule", rule, tuple(RULES))
+        self.optimizer = optimizer
+        self.exponent = RULES[rule]
+        self.reference = _checks.positive_float(where, "reference", reference) or 1.0
+        self.process_group = process_group
+        self.ratio: Tensor | None = None
+        self.scale: Tensor | None = None
+        self._window: list[_Observation] = []
+        self._unscaled: list[Any] | None = None  # a float per group, or a clone of its tensor
+        self._warned = False
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        self._wrapped_zero_grad = _watch_zero_grad(optimizer, self)
+
+    def observe(self, output: VCPOOutput | EffectiveSampleSize | Tensor) -> None:
+        """Count a micro-batch in the ESS of the next step. Once per micro-batch, before or after its backward pass.
+
+        output: what `vcpo_loss` or `effective_sample_size` returned, or log-weights [B].
+        """
+        if isinstance(output, Tensor):
+            _checks.tensor("EssLearningRate.observe", "output", output, (torch.float32, torch.float64))
+            moments = ess_moments(output.detach().flatten())
+        elif isinstance(output, EffectiveSampleSize):
+            moments = output.moments
+        elif isinstance(output, VCPOOutput):
+            moments = output.ess_moments
+        else:
+            raise TypeError(
+                "EssLearningRate.observe: output must be a VCPOOutput, an EffectiveSampleSize or log-weights [B], "
+                f"got {_checks.describe(output)}."
+            )
+        observation = _Observation(moments, None)
+        if isinstance(output, VCPOOutput) and output.loss.requires_grad:
+            observation.backpropagated = False
+            watched = weakref.ref(observation)
+
+            def mark(grad: Tensor) -> None:
+                if (seen := watched()) is not None:
+                    seen.backpropagated = True
+
+            output.loss.register_hook(mark)
+        self._window.append(observation)
+
+    def reset(self) -> None:
+        """Forget everything observed since the last step, and restore the rate if a step failed half-way."""
+        self._window.clear()
+        self._restore()
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        self.reset()
+        for handle in self._handles:
+            handle.remove()
+        if self.optimizer.__dict__.get("zero_grad") is self._wrapped_zero_grad:
+            del self.optimizer.__dict__["zero_grad"]
+
+    def _gradients_cleared(self) -> None:
+        self._window = [o for o in self._window if not o.backpropagated]
+
+    def _merged(self) -> Tensor | None:
+        if not self._window and self.process_group is None:
+            return None
+        if self._window:
+            device = self._window[0].moments.device
+            merged = merge_moments(torch.stack([o.moments.to(device) for o in self._window]))
+        else:
+            device = self.optimizer.param_groups[0]["params"][0].device
+            merged = torch.tensor([-torch.inf, -torch.inf, 0.0], dtype=torch.float64, device=device)
+        if self.process_group is not None:
+            ranks = torch.distributed.get_world_size(self.process_group)
+            gathered = [torch.empty_like(merged) for _ in range(ranks)]
+            torch.distributed.all_gather(gathered, merged, group=self.process_group)
+            merged = merge_moments(torch.stack(gathered))
+        return merged
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore()
+        moments = self._merged()
+        self._window.clear()
+        if moments is None:
+            if not self._warned:
+                warnings.warn(
+                    "EssLearningRate: optimizer.step() without an observe() since the last one; the rate is left as it is. "
+                    "Call observe(out) once per micro-batch.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+                self._warned = True
+            return
+        self.ratio = ess_from_moments(moments)[1]
+        self.scale = (self.ratio / self.reference).clamp(max=1.0) ** self.exponent
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self._unscaled = [r.clone() if isinstance(r, Tensor) else r for r in rates]
+        for rate in {id(r): r for r in rates if isinstance(r, Tensor)}.values():  # groups may share one tensor
+            rate.mul_(self.scale.to(rate.device, rate.dtype))
+        if not all(isinstance(r, Tensor) for r in rates):
+            factor = float(self.scale)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                if not isinstance(rate, Tensor):
+                    group["lr"] = rate * factor
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._unscaled is None:
+            return
+        for group, rate in zip(self.optimizer.param_groups, self._unscaled, strict=False):
+            if isinstance(rate, Tensor):
+                group["lr"].copy_(rate)
+            else:
+                group["lr"] = rate
+        self._unscaled = None
+
+
+def _watch_zero_grad(optimizer: torch.optim.Optimizer, owner: EssLearningRate) -> Any:
+    """Have `optimizer.zero_grad` tell `owner` first; torch has a hook for step but none for this."""
+    original = optimizer.zero_grad
+    watched = weakref.ref(owner)
+
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        if (alive := watched()) is not None:
+            alive._gradients_cleared()
+        original(*args, **kwargs)
+
+    optimizer.__dict__["zero_grad"] = zero_grad
+    return zero_grad

@@ -1,0 +1,294 @@
+"""token_stats: logp, entropy, score norm and log-sum-exp of every row of the logits, in one pass over them.
+
+Layer: rows [N, V] -> tokens [N]. The op `vcpo_kernels::token_stats`, its backward (out of place and in place), their
+fakes and autograd, and the public function with its checks. The kernels are in `backends/<name>/token_stats.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks, _rows
+from vcpo_kernels._library import LIBRARY, qualified
+from vcpo_kernels.backends import registry
+
+
+@dataclass(frozen=True)
+class TokenStats:
+    """Statistics of each token, in the shape of `token_ids`, fp32 (float64 for float64 logits); 0 at masked-out entries.
+
+    logp: log pi(y_t), x_y - lse. Differentiable.
+    entropy: -sum_v p_v log p_v, in nats. Differentiable.
+    score_sqnorm: (1 - p_y)^2 + sum_{v != y} p_v^2, the squared norm of d logp / d x. No gradient.
+    lse: log sum_v exp x_v, with x = softcap(logits) / temperature. No gradient.
+    shifted: the statistics came from `shift=True`, so entry 0 of each sequence has no prediction and counts nowhere.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    score_sqnorm: Tensor
+    lse: Tensor
+    shifted: bool = False
+
+    @property
+    def sum_p_squared(self) -> Tensor:
+        """sum_v p_v^2 (verl's `sum_pi_squared`), from score_sqnorm - 1 + 2 p_y: absolute error about 1e-7.
+
+        1 at masked-out entries, whose logp and score_sqnorm are 0.
+        """
+        return self.score_sqnorm - 1 + 2 * self.logp.detach().exp()
+
+
+def token_stats(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    inplace_backward: bool = False,
+) -> TokenStats:
+    """Log-probability, entropy and score norm of every token, reading the logits once.
+
+    With x = softcap(logits) / temperature, softcap(z) = c tanh(z / c), p = softmax(x) and y the sampled token:
+    logp = x_y - lse, entropy = -sum p log p, score_sqnorm = (1 - p_y)^2 + sum_{v != y} p_v^2 (free of cancellation:
+    relative error <= 1e-3 down to p_y = 1 - 1e-6). The backward pass reads the logits once more and writes
+    d logits = g (1[v = y] - p) - h p (log p + entropy), for upstream gradients g to logp and h to entropy.
+
+    Args:
+        logits: [.., V], bfloat16, float16, float32 (or float64: reference backend). Any strides, last dimension
+            contiguous; a view is never copied. -inf entries (masked vocabulary) contribute nothing.
+        token_ids: [..], int64 or int32, in [0, V) where the mask is true; elsewhere never looked at (-100 is fine).
+        mask: [..], true where the token counts (bool is free; integers and 0/1 floats are converted). None: all count.
+        temperature: divides the logits, > 0.
+        softcap: c above (Gemma-2), or None.
+        shift: take a causal LM's raw output: logits [.., T, V] at position t predict token t + 1. Outputs keep
+            the shape of token_ids, entry t is about token t, and entry 0 (no prediction) is 0 and takes no gradient.
+        inplace_backward: write the gradient over the logits instead of allocating [.., V] again. The logits' version
+            counter is bumped, so autograd raises if anything else still needs them. Ignored under torch.compile.
+
+    Returns:
+        TokenStats, each field in the shape of token_ids.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it got, what it wants. An out-of-range id at a live position
+        is a ValueError on the CPU; on a GPU its logp is NaN, which `vcpo_loss` drops and counts.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> logits = torch.tensor([[0.0, 0.0], [0.0, float("-inf")]], requires_grad=True)
+    >>> stats = vk.token_stats(logits, torch.tensor([1, 0]))
+    >>> stats.logp.detach()
+    tensor([-0.6931,  0.0000])
+    >>> stats.score_sqnorm
+    tensor([0.5000, 0.0000])
+    >>> stats.logp.sum().backward()
+    >>> logits.grad
+    tensor([[-0.5000,  0.5000],
+            [ 0.0000, -0.0000]])
+    """
+    token_ids, mask, temperature, softcap = _check(
+        logits, token_ids, mask, temperature, softcap, shift, inplace_backward
+    )
+    rows_fit = torch.compiler.is_compiling() or _rows.as_rows(logits, shift) is not None
+    if not rows_fit:  # more than two batch dimensions that no stride can merge: one call per slice of the first
+        slices = [
+            token_stats(l, i, m, temperature, softcap, shift, inplace_backward)
+            for l, i, m in zip(logits, token_ids, mask if mask is not None else [None] * len(logits), strict=True)
+        ]
+        fields = ([getattr(s, f) for s in slices] for f in ("logp", "entropy", "score_sqnorm", "lse"))
+        return TokenStats(*(torch.stack(f) for f in fields), shifted=shift)
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    logp, entropy, score_sqnorm, lse = torch.ops.vcpo_kernels.token_stats(
+        logits, token_ids, mask, temperature, softcap, shift, inplace
+    )
+    return TokenStats(logp, entropy, score_sqnorm.detach(), lse.detach(), shift)
+
+
+def _check(
+    logits: Any, token_ids: Any, mask: Any, temperature: Any, softcap: Any, shift: Any, inplace_backward: Any
+) -> tuple[Tensor, Tensor | None, float, float | None]:
+    where = "token_stats"
+    _checks.tensor(where, "logits", logits, _checks.FLOAT_DTYPES)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{where}: logits must be [.., V] with V >= 1, got {_checks.describe(logits)}.")
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        raise ValueError(
+            f"{where}: logits must be contiguous in the last dimension, got strides {logits.stride()} for shape "
+            f"{tuple(logits.shape)}. Keep the vocabulary last in memory, or call logits.contiguous() (a copy)."
+        )
+    _checks.tensor(where, "token_ids", token_ids, _checks.ID_DTYPES, "Convert it: token_ids.long().")
+    because = "logits.shape[:-1]"
+    fix = "With logits[:, :-1] pass token_ids[:, 1:], or pass both whole with shift=True."
+    _checks.shape(where, "token_ids", token_ids, logits.shape[:-1], because, fix)
+    _checks.same_device(where, "token_ids", token_ids, "logits", logits)
+    if mask is not None:
+        mask = _checks.as_mask(where, "mask", mask)
+        _checks.shape(where, "mask", mask, token_ids.shape, "token_ids.shape")
+        _checks.same_device(where, "mask", mask, "logits", logits)
+    if shift and logits.dim() < 2:
+        raise ValueError(f"{where}: shift=True wants logits [.., T, V], got {_checks.describe(logits)}.")
+    if inplace_backward and logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            f"{where}: inplace_backward=True would overwrite a leaf tensor's values with its gradient. "
+            "Pass logits that a module computed, or leave inplace_backward=False."
+        )
+    temperature = _checks.positive_float(where, "temperature", temperature)
+    softcap = _checks.positive_float(where, "softcap", softcap, optional=True)
+    return token_ids.to(torch.int64), mask, temperature, softcap
+
+
+# --- the ops ---------------------------------------------------------------------------------------------------------
+
+_PASS = "float temperature, float? softcap, bool shift"
+LIBRARY.define(
+    f"token_stats(Tensor logits, Tensor token_ids, Tensor? mask, {_PASS}, bool inplace_backward)"
+    " -> (Tensor logp, Tensor entropy, Tensor score_sqnorm, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_BACKWARD = (
+    "Tensor token_ids, Tensor? mask, Tensor logp, Tensor entropy, Tensor lse,"
+    f" Tensor? grad_logp, Tensor? grad_entropy, {_PASS}"
+)
+LIBRARY.define(
+    f"token_stats_backward(Tensor logits, {_BACKWARD}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+LIBRARY.define(
+    f"token_stats_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def _token_rows(value: Tensor | None, rows: Tensor) -> Tensor | None:
+    """A token-sized tensor as contiguous [outer, inner], beside rows [outer, inner, V]."""
+    return None if value is None else value.reshape(rows.shape[:2]).contiguous()
+
+
+def _rows_of(logits: Tensor, shift: bool) -> Tensor:
+    rows = _rows.as_rows(logits, shift)
+    if rows is None:  # only reached from compiled graphs, which cannot take the public function's per-slice path
+        rows = _rows.as_rows(logits.contiguous(), shift)
+    assert rows is not None
+    return rows
+
+
+def _check_ids(token_ids: Tensor, mask: Tensor | None, vocabulary: int, shift: bool) -> None:
+    """token_ids, mask: [outer, inner]. On the CPU, a live id outside the vocabulary is an error."""
+    bad = (token_ids < 0) | (token_ids >= vocabulary)
+    if mask is not None:
+        bad &= mask
+    if shift:
+        bad[:, :1] = False
+    if bool(bad.any()):
+        at = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"token_stats: token_ids must lie in [0, {vocabulary}) where the mask is true, got "
+            f"{int(token_ids.flatten()[at])} at flat position {at} ({int(bad.sum())} such). "
+            "Mask padding out (mask = token_ids != pad), or check that tokenizer and head agree on the vocabulary."
+        )
+
+
+def _token_stats(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend = registry.select("token_stats", logits.device, logits.dtype)
+    rows = _rows_of(logits, shift)
+    ids, live = token_ids.reshape(rows.shape[:2]).contiguous(), _token_rows(mask, rows)
+    if logits.device.type == "cpu":
+        _check_ids(ids, live, logits.shape[-1], shift)
+    outputs = backend.forward(rows, ids, live, temperature=temperature, softcap=softcap, shift=shift)
+    logp, entropy, score_sqnorm, lse = (o.view(token_ids.shape) for o in outputs)
+    return logp, entropy, score_sqnorm, lse
+
+
+def _backward_into(
+    out: Tensor,
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    logp: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> None:
+    rows, out_rows = _rows_of(logits, shift), _rows_of(out, shift)
+    token_sized = (token_ids, mask, logp, entropy, lse, grad_logp, grad_entropy)
+    backend = registry.select("token_stats", logits.device, logits.dtype)
+    backend.backward(
+        out_rows,
+        rows,
+        *(_token_rows(t, rows) for t in token_sized),
+        temperature=temperature,
+        softcap=softcap,
+        shift=shift,
+    )
+
+
+def _token_stats_backward(logits: Tensor, *rest: Any) -> Tensor:
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _backward_into(out, logits, *rest)
+    return out
+
+
+def _token_stats_backward_(logits: Tensor, *rest: Any) -> None:
+    _backward_into(logits, logits, *rest)
+
+
+def _stats_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty(token_ids.shape, dtype=_stats_dtype(logits), device=logits.device) for _ in range(4)
+    )
+
+
+def _fake_backward(logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, token_ids, mask, ctx.temperature, ctx.softcap, ctx.shift, ctx.inplace = inputs
+    logp, entropy, _, lse = output
+    ctx.save_for_backward(logits, token_ids, mask, logp, entropy, lse)
+    ctx.set_materialize_grads(False)  # no gradient to entropy is the common case, and has a cheaper kernel
+
+
+def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    nothing = (None,) * 6
+    if grad_logp is None and grad_entropy is None:
+        return (None, *nothing)
+    logits, *saved = ctx.saved_tensors
+    arguments = (logits, *saved, grad_logp, grad_entropy, ctx.temperature, ctx.softcap, ctx.shift)
+    if not ctx.inplace:
+        return (torch.ops.vcpo_kernels.token_stats_backward(*arguments), *nothing)
+    written = logits.detach()  # shares storage and version counter; not a view of the graph
+    torch.ops.vcpo_kernels.token_stats_backward_(written, *arguments[1:])
+    return (written, *nothing)
+
+
+for _name, _implementation in (
+    ("token_stats", _token_stats),
+    ("token_stats_backward", _token_stats_backward),
+    ("token_stats_backward_", _token_stats_backward_),
+):
+    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+torch.library.register_fake(qualified("token_stats"), _fake_forward, lib=LIBRARY)
+torch.library.register_fake(qualified("token_stats_backward"), _fake_backward, lib=LIBRARY)
+torch.library.register_fake(qualified("token_stats_backward_"), lambda logits, *rest: None, lib=LIBRARY)
+torch.library.register_autograd(
+    qualified("token_stats"), _autograd, setup_context=_setup_context, lib=LIBRARY
+)

@@ -1,0 +1,235 @@
+"""vcpo_loss: from token statistics to a loss whose gradient VCPO (arXiv 2602.17616) prescribes.
+
+Layer: sequences [B] -> scalars. The loss needs one coefficient per sequence, c_i = k_i w^_i A_i; its gradient reaches
+the token statistics as -c_i at every valid token, and from there the logits through one more pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks, baselines
+from vcpo_kernels._library import LIBRARY, qualified
+from vcpo_kernels.segment_sum import segment_spread
+from vcpo_kernels.segments import Segments
+from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.vcpo_coefficients import AGGREGATIONS, METRICS, vcpo_coefficients
+
+
+@dataclass(frozen=True)
+class VCPOConfig:
+    """Every switch of `vcpo_loss`. Defaults are the paper's.
+
+    max_weight: truncation of w_i in the loss, w^_i = min(w_i, max_weight); None: untruncated.
+    baseline_weighting: "paper" 2 L_i + log n_i | "estimator" 2 log(k_i w^_i) + log n_i, which minimises the variance of the
+        estimator really used | "official" 2 log w^_i + 2 L_i + log n_i, as the authors' code | "mean" the group mean |
+        "length" weighted by |T_i| (OPO).
+    normalize_std: divide advantages by the group's population standard deviation where that is > 1e-8.
+    aggregation: k_i. "seq-mean-token-mean" 1/(B |T_i|) | "seq-mean-token-sum" 1/B | "seq-mean-token-sum-norm" 1/(B T_max) |
+        "token-mean" 1/sum|T|.
+    num_sequences, num_tokens: B and sum|T| of the whole step, where this batch is one micro-batch of several. None: counted.
+    max_tokens: T_max. None: the padded length.
+    score_norm: n_i: "logit" (sum of score_sqnorm, free), or a tensor [B] of squared gradient norms.
+    ess_max_weight: truncation of the weights that ESS is taken of. None: unclipped.
+
+    Raises TypeError or ValueError naming the field.
+
+    >>> import vcpo_kernels as vk
+    >>> vk.VCPOConfig(max_weight=None, aggregation="token-mean").baseline_weighting
+    'paper'
+    """
+
+    max_weight: float | None = 8.0
+    baseline_weighting: str = "paper"
+    normalize_std: bool = True
+    aggregation: str = "seq-mean-token-mean"
+    num_sequences: float | None = None
+    num_tokens: float | None = None
+    max_tokens: float | None = None
+    score_norm: str | Tensor = "logit"
+    ess_max_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        where = "VCPOConfig"
+        for name in ("max_weight", "num_sequences", "num_tokens", "max_tokens", "ess_max_weight"):
+            _checks.positive_float(where, name, getattr(self, name), optional=True)
+        _checks.choice(where, "baseline_weighting", self.baseline_weighting, tuple(baselines.WEIGHTINGS))
+        _checks.choice(where, "aggregation", self.aggregation, AGGREGATIONS)
+        if not isinstance(self.normalize_std, bool):
+            raise TypeError(f"{where}: normalize_std must be a bool, got {_checks.describe(self.normalize_std)}.")
+        if not isinstance(self.score_norm, Tensor):
+            _checks.choice(where, "score_norm", self.score_norm, ("logit",))
+
+
+@dataclass(frozen=True)
+class VCPOOutput:
+    """Result of `vcpo_loss`. Everything but `loss` is detached and stays on the device.
+
+    loss: 0-d, differentiable. log_weights: L_i [B]. ess, ess_ratio: 0-d. baselines: b_g [num_groups]. advantages: A_i [B].
+    coefficients: k_i w^_i A_i [B]. metrics: 0-d tensors by name (`vcpo_coefficients.METRICS`), safe to log later.
+    ess_moments: float64 [3], what `EssLearningRate` merges over micro-batches and ranks.
+    """
+
+    loss: Tensor
+    log_weights: Tensor
+    ess: Tensor
+    ess_ratio: Tensor
+    baselines: Tensor
+    advantages: Tensor
+    coefficients: Tensor
+    metrics: dict[str, Tensor]
+    ess_moments: Tensor
+
+
+def vcpo_loss(
+    stats: TokenStats,
+    behavior_logp: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    segments: Segments,
+    config: VCPOConfig | None = None,
+    num_groups: int | None = None,
+) -> VCPOOutput:
+    """VCPO's loss, ESS and baselines from the statistics of a batch of sequences.
+
+    With L_i = sum_t m_t (logp_t - mu_t), w^_i = exp(min(L_i, log max_weight)) detached, b_g the off-policy optimal baseline
+    and A_i = (R_i - b_g) / std_g: gradient = -sum_i k_i w^_i A_i sum_t m_t grad logp_t; the reported value is
+    -sum_i k_i w^_i A_i |T_i| (the surrogate with grad logp's factor at 1). VCPO, arXiv 2602.17616, eqs. for OPOB and ESS.
+
+    A group whose rewards are all equal gets exactly zero advantages. A sequence with no valid token is in no count. A
+    sequence whose L_i is NaN or +inf is dropped from the loss, stays in ESS's denominator (the step shrinks, never grows)
+    and is counted in metrics["nonfinite_sequences"].
+
+    Args:
+        stats: from `token_stats`. Only logp is differentiated through.
+        behavior_logp: log mu of each token as the sampler recorded it, the shape of stats.logp; masked-out entries may
+            hold anything.
+        rewards: R_i, [B].
+        groups: sequences per prompt (consecutive), or an integer group id per sequence, [B].
+        segments: which tokens belong to which sequence, and which count.
+        config: every switch; None: the paper's defaults.
+        num_groups: for group ids, how many there are; default B, which needs no synchronisation.
+
+    Returns:
+        VCPOOutput.
+
+    Raises:
+        TypeError, ValueError: naming the argument. On the CPU also for rewards that are not finite (on a GPU such a
+        sequence is dropped and counted).
+
+    >>> import torch, vcpo_kernels as vk
+    >>> logits = torch.zeros(4, 2, 3, requires_grad=True)
+    >>> stats = vk.token_stats(logits, torch.tensor([[0, 1], [1, 2], [2, 0], [1, 1]]))
+    >>> seg = vk.Segments.padded(torch.ones(4, 2))
+    >>> out = vk.vcpo_loss(stats, stats.logp.detach(), torch.tensor([1.0, 0.0, 1.0, 1.0]), 2, seg)
+    >>> out.ess_ratio, out.advantages
+    (tensor(1.), tensor([ 1., -1.,  0.,  0.]))
+    >>> out.loss.backward()
+    """
+    where = "vcpo_loss"
+    config = VCPOConfig() if config is None else config
+    if not isinstance(stats, TokenStats):
+        raise TypeError(f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}.")
+    logp = segments.flat(where, "stats", stats.logp)
+    mu = segments.flat(where, "behavior_logp", behavior_logp).detach()
+    batch = segments.num_sequences
+    _checks.tensor(where, "rewards", rewards)
+    _checks.shape(where, "rewards", rewards, (batch,), "one reward per sequence")
+    _checks.same_device(where, "rewards", rewards, "stats", logp)
+    rewards = rewards.detach().to(logp.dtype)
+    ids, count = _groups(where, groups, batch, logp, num_groups)
+    token_scores, score_norms = _norms(where, config, stats, segments, logp)
+    max_tokens = _max_tokens(where, config, segments)
+    if _checks.readable(rewards):
+        baselines.check_rewards(where, rewards, segments.lengths > 0)
+    results = vcpo_coefficients(
+        logp.detach(), mu.to(logp.dtype), token_scores, score_norms, rewards,
+        ids, groups if isinstance(groups, int) else 0, count,
+        segments.mask, segments.offsets, segments.order, stats.shifted,
+        config.baseline_weighting, config.aggregation, config.normalize_std, config.max_weight, config.ess_max_weight,
+        config.num_sequences, config.num_tokens, max_tokens,
+    )  # fmt: skip
+    loss = torch.ops.vcpo_kernels.policy_loss(
+        logp, results.coefficients, results.lengths, segments.mask, segments.offsets, segments.order
+    )
+    metrics = dict(zip(METRICS, results.metrics.unbind(), strict=True))
+    return VCPOOutput(
+        loss=loss,
+        log_weights=results.log_weights,
+        ess=metrics["ess"],
+        ess_ratio=metrics["ess_ratio"],
+        baselines=results.baselines,
+        advantages=results.advantages,
+        coefficients=results.coefficients,
+        metrics=metrics,
+        ess_moments=results.moments,
+    )
+
+
+def _groups(
+    where: str, groups: int | Tensor, batch: int, logp: Tensor, num_groups: int | None
+) -> tuple[Tensor | None, int]:
+    if isinstance(groups, Tensor):
+        _checks.same_device(where, "groups", groups, "stats", logp)
+    elif num_groups is not None:
+        raise ValueError(f"{where}: num_groups={num_groups} goes with group ids; an int groups={groups} fixes it already.")
+    ids, count = baselines.group_ids(where, groups, batch, logp.device, num_groups)
+    return (ids if isinstance(groups, Tensor) else None), count
+
+
+def _norms(
+    where: str, config: VCPOConfig, stats: TokenStats, segments: Segments, logp: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if not isinstance(config.score_norm, Tensor):
+        return segments.flat(where, "stats", stats.score_sqnorm).detach(), None
+    norms = config.score_norm.detach()
+    _checks.shape(where, "config.score_norm", norms, (segments.num_sequences,), "one squared norm per sequence")
+    _checks.same_device(where, "config.score_norm", norms, "stats", logp)
+    baselines.check_norms(where, "config.score_norm", norms)
+    return None, norms.to(logp.dtype)
+
+
+def _max_tokens(where: str, config: VCPOConfig, segments: Segments) -> float | None:
+    if config.aggregation != "seq-mean-token-sum-norm" or config.max_tokens is not None:
+        return config.max_tokens
+    if segments.max_length is None:
+        raise ValueError(
+            f"{where}: aggregation 'seq-mean-token-sum-norm' needs config.max_tokens for packed and indexed segments, "
+            "whose longest possible sequence is not known. Set VCPOConfig(max_tokens=...) to the generation limit."
+        )
+    return float(segments.max_length)
+
+
+# --- the loss as an op -----------------------------------------------------------------------------------------------
+
+LIBRARY.define(
+    "policy_loss(Tensor logp, Tensor coefficients, Tensor lengths, Tensor? mask, Tensor offsets, Tensor? order) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _policy_loss(logp: Tensor, coefficients: Tensor, lengths: Tensor, *segments: Any) -> Tensor:
+    return -(coefficients.double() * lengths.double()).sum().to(logp.dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logp, coefficients, _, mask, offsets, order = inputs
+    ctx.num_tokens = logp.shape[0]
+    ctx.save_for_backward(coefficients, mask, offsets, order)
+
+
+def _policy_loss_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, mask, offsets, order = ctx.saved_tensors
+    # logp is not read: a dropped sequence's NaN meets its coefficient of 0 nowhere.
+    return segment_spread(-grad * coefficients, mask, offsets, order, ctx.num_tokens), None, None, None, None, None
+
+
+LIBRARY.impl("policy_loss", _policy_loss, "CompositeExplicitAutograd")
+torch.library.register_fake(qualified("policy_loss"), lambda logp, *rest: logp.new_empty(()), lib=LIBRARY)
+torch.library.register_autograd(
+    qualified("policy_loss"), _policy_loss_autograd, setup_context=_keep, lib=LIBRARY
+)

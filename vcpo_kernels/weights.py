@@ -1,0 +1,120 @@
+"""Sequence-level importance weights and their effective sample size, in the log domain.
+
+Layer: sequences [B] -> scalars. exp(L_i) is never formed unclipped, so no L_i overflows; and no absolute epsilon is added
+anywhere, so a common factor of all weights changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.segment_sum import segment_sum
+from vcpo_kernels.segments import Segments
+from vcpo_kernels.token_stats import TokenStats
+
+
+@dataclass(frozen=True)
+class EffectiveSampleSize:
+    """ess in [0, B], ratio = ess / B in [0, 1], both 0-d; moments: see `ess_moments`."""
+
+    ess: Tensor
+    ratio: Tensor
+    moments: Tensor
+
+
+def sequence_log_weights(logp: Tensor | TokenStats, behavior_logp: Tensor, segments: Segments) -> Tensor:
+    """Log importance weight of each sequence: L_i = sum_t m_t (logp_t - behavior_logp_t), summed in float64.
+
+    Args:
+        logp: log pi_theta of each token, or the TokenStats that hold it (a shifted entry 0 then never counts).
+        behavior_logp: log mu of each token as the sampler recorded it, same shape; masked-out entries may hold anything.
+        segments: which tokens belong to which sequence.
+
+    Returns:
+        [B] in logp's dtype; 0 for a sequence with no valid token. Differentiable in logp.
+
+    Raises:
+        TypeError, ValueError: for tensors that do not match the segments.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> seg = vk.Segments.padded(torch.tensor([[1, 1], [1, 0]]))
+    >>> vk.sequence_log_weights(torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]), torch.full((2, 2), -1.5), seg)
+    tensor([0.0000, 0.5000])
+    """
+    where = "sequence_log_weights"
+    theta = logp.logp if isinstance(logp, TokenStats) else logp
+    mask = segments.mask
+    flat = segments.flat(where, "logp", theta)
+    if isinstance(logp, TokenStats) and logp.shifted:
+        mask = segments.mask_without_first(flat.numel())
+    mu = segments.flat(where, "behavior_logp", behavior_logp)
+    return segment_sum(flat - mu, mask, segments.offsets, segments.order)
+
+
+def usable(log_weights: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Which sequences take part in the loss: valid, and L_i neither NaN nor +inf (-inf is a weight of 0). Bool [B]."""
+    ok = log_weights < math.inf
+    return ok if valid is None else ok & valid
+
+
+def ess_moments(log_weights: Tensor, valid: Tensor | None = None) -> Tensor:
+    """(log sum w, log sum w^2, B) as float64 [3]: what batches, micro-batches and ranks merge exactly (`merge_moments`)."""
+    weights = torch.where(usable(log_weights, valid), log_weights.double(), -math.inf)
+    count = torch.full_like(weights, 1.0) if valid is None else valid.double()
+    first, second = (_logsumexp(scale * weights) for scale in (1, 2))
+    return torch.stack([first, second, count.sum()])
+
+
+def _logsumexp(values: Tensor) -> Tensor:
+    empty = torch.full((1,), -math.inf, dtype=values.dtype, device=values.device)
+    return torch.logsumexp(torch.cat([values, empty]), 0)  # of nothing, or of -inf alone: -inf
+
+
+def merge_moments(moments: Tensor) -> Tensor:
+    """Moments of a union of disjoint batches: [K, 3] -> [3]."""
+    return torch.stack([_logsumexp(moments[:, 0]), _logsumexp(moments[:, 1]), moments[:, 2].sum()])
+
+
+def ess_from_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """(ESS, ESS / B) from moments [3]; (0, 0) where no sequence has any weight."""
+    first, second, count = moments.unbind()
+    ess = torch.where(first > -math.inf, torch.exp(2 * first - second), 0.0)
+    ess = torch.minimum(ess, count)  # rounding must not carry the ratio above 1
+    return ess, torch.where(count > 0, ess / count.clamp(min=1), 0.0)
+
+
+def effective_sample_size(log_weights: Tensor, valid: Tensor | None = None) -> EffectiveSampleSize:
+    """ESS = (sum w)^2 / sum w^2, as log ESS = 2 logsumexp(L) - logsumexp(2 L) (VCPO, arXiv 2602.17616).
+
+    Unclipped weights: clamp log_weights first for truncated ones. Invariant to adding a constant to all of them. A NaN or
+    +inf counts in the denominator of the ratio and nowhere else, so that a broken sequence shrinks the step.
+
+    Args:
+        log_weights: L_i, [B] (`sequence_log_weights`).
+        valid: bool [B]; false takes a sequence out altogether (`segments.lengths > 0`). None: all take part.
+
+    Returns:
+        EffectiveSampleSize of 0-d tensors in log_weights' dtype.
+
+    Raises:
+        TypeError, ValueError: for another dtype or shape.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> vk.effective_sample_size(torch.tensor([-1e4, -1e4, -1e4, -1e4])).ratio
+    tensor(1.)
+    """
+    where = "effective_sample_size"
+    _checks.tensor(where, "log_weights", log_weights, (torch.float32, torch.float64))
+    if log_weights.dim() != 1:
+        raise ValueError(f"{where}: log_weights must be [B], got {_checks.describe(log_weights)}.")
+    if valid is not None:
+        _checks.tensor(where, "valid", valid, (torch.bool,))
+        _checks.shape(where, "valid", valid, log_weights.shape, "log_weights.shape")
+    moments = ess_moments(log_weights.detach(), valid)
+    ess, ratio = ess_from_moments(moments)
+    return EffectiveSampleSize(ess.to(log_weights.dtype), ratio.to(log_weights.dtype), moments)
