@@ -7,6 +7,7 @@ must read tensor data run only where that is free of a device synchronisation: o
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +19,11 @@ ID_DTYPES = (torch.int64, torch.int32)
 
 
 def describe(value: Any) -> str:
-    """Short text for an error: a tensor by dtype, shape and device, anything else by its repr."""
+    """Short text for an error: a tensor by dtype, shape and device, anything else by its repr, cut short."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
 def tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None, fix: str = "") -> None:
@@ -51,16 +53,38 @@ def same_device(where: str, name: str, value: Tensor, other_name: str, other: Te
 
 
 def positive_float(where: str, name: str, value: Any, optional: bool = False) -> float | None:
-    """A finite float > 0 (or None where that is allowed); tensors are refused, since reading them would synchronise."""
+    """A finite float > 0 (or None where that is allowed), from any Python or numpy number.
+
+    Tensors are refused, since reading them would synchronise.
+    """
     if value is None and optional:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         also = " or None" if optional else ""
         hint = f" Pass a Python number: float({name})." if isinstance(value, Tensor) else ""
         raise TypeError(f"{where}: {name} must be a float > 0{also}, got {describe(value)}.{hint}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{where}: {name} must be finite and > 0, got {value!r}.")
     return float(value)
+
+
+def integer(where: str, name: str, value: Any, minimum: int) -> int:
+    """An int >= minimum, from a Python or numpy integer."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        hint = f" Pass a Python number: int({name})." if isinstance(value, Tensor) else ""
+        raise TypeError(f"{where}: {name} must be an int >= {minimum}, got {describe(value)}.{hint}")
+    if value < minimum:
+        raise ValueError(f"{where}: {name} must be an int >= {minimum}, got {value!r}.")
+    return value if isinstance(value, int) else int(value)
+
+
+def boolean(where: str, name: str, value: Any) -> bool:
+    """A bool, Python's or numpy's."""
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, Tensor) and hasattr(value, "item") and isinstance(value.item(), bool):
+        return bool(value)
+    raise TypeError(f"{where}: {name} must be a bool, got {describe(value)}.")
 
 
 def choice(where: str, name: str, value: Any, options: Sequence[str]) -> None:

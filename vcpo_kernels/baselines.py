@@ -7,6 +7,7 @@ a = softmax over the group of some log-weight per sequence; `WEIGHTINGS` says wh
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,31 +45,34 @@ WEIGHTINGS: dict[str, Callable[[SequenceTerms], Tensor]] = {
 }
 
 
-def group_ids(
-    where: str, groups: int | Tensor, num_sequences: int, device: torch.device, num_groups: int | None
-) -> tuple[Tensor, int]:
-    """`groups` as int64 ids [B] and the number of groups, checked."""
+def check_groups(
+    where: str, groups: int | Tensor, num_sequences: int, num_groups: int | None
+) -> tuple[Tensor | None, int, int]:
+    """`groups`, checked, as (int64 ids [B], 0, number of groups) or (None, consecutive sequences per group, number)."""
     if isinstance(groups, Tensor):
-        _checks.tensor(where, "groups", groups, _checks.ID_DTYPES)
+        fix = "Number prompts from 0: torch.unique(prompt_ids, return_inverse=True)[1]."
+        _checks.tensor(where, "groups", groups, _checks.ID_DTYPES, fix)
         _checks.shape(where, "groups", groups, (num_sequences,), "one group id per sequence")
-        count = num_sequences if num_groups is None else num_groups
+        count = num_sequences if num_groups is None else _checks.integer(where, "num_groups", num_groups, 0)
         if _checks.readable(groups) and groups.numel() and bool(((groups < 0) | (groups >= count)).any()):
             raise ValueError(
                 f"{where}: groups must lie in [0, {count}), got ids from {int(groups.min())} to {int(groups.max())}. "
                 "Number them from 0: torch.unique(groups, return_inverse=True)[1]."
             )
-        return groups.to(torch.int64), count
-    if isinstance(groups, bool) or not isinstance(groups, int):
+        return groups.to(torch.int64), 0, count
+    if isinstance(groups, bool) or not isinstance(groups, (int, numbers.Integral)):
         raise TypeError(
             f"{where}: groups must be an int (sequences per prompt, consecutive) or an int64 tensor [B], "
-            f"got {_checks.describe(groups)}."
+            f"got {_checks.describe(groups)}. Group ids go in a tensor: torch.tensor(ids)."
         )
+    if num_groups is not None:
+        raise ValueError(f"{where}: num_groups={num_groups} goes with group ids; an int groups={groups} fixes it already.")
     if groups < 1 or num_sequences % groups:
         raise ValueError(
             f"{where}: groups={groups} must divide the {num_sequences} sequences of the batch into whole prompts. "
             "For groups of unequal size pass an int64 tensor of group ids."
         )
-    return torch.arange(num_sequences, device=device) // groups, num_sequences // groups
+    return None, int(groups), num_sequences // int(groups)
 
 
 def grouped(reduce: str, values: Tensor, ids: Tensor, count: int, start: float) -> Tensor:
@@ -121,7 +125,7 @@ def off_policy_baseline(
         num_groups: for ids, how many groups there are; default B, an upper bound that needs no synchronisation.
 
     Returns:
-        [num_groups] in rewards' dtype; NaN for a group without sequences.
+        [num_groups] in rewards' dtype, a constant without gradient; NaN for a group without sequences.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -133,17 +137,21 @@ def off_policy_baseline(
     where = "off_policy_baseline"
     _checks.tensor(where, "rewards", rewards, (torch.float32, torch.float64), "Convert it: rewards.float().")
     if rewards.dim() != 1:
-        raise ValueError(f"{where}: rewards must be [B], got {_checks.describe(rewards)}.")
+        raise ValueError(f"{where}: rewards must be [B], got {_checks.describe(rewards)}. Flatten it: rewards.reshape(-1).")
     for name, value in (("log_weights", log_weights), ("score_sqnorm", score_sqnorm)):
-        _checks.tensor(where, name, value, (torch.float32, torch.float64))
+        _checks.tensor(where, name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
         _checks.shape(where, name, value, rewards.shape, "rewards.shape")
         _checks.same_device(where, name, value, "rewards", rewards)
     check_rewards(where, rewards, torch.ones_like(rewards, dtype=torch.bool))
-    check_norms(where, "score_sqnorm", score_sqnorm)
-    ids, count = group_ids(where, groups, rewards.shape[0], rewards.device, num_groups)
+    check_norms(where, "score_sqnorm", score_sqnorm, usable(log_weights))
+    ids, size, count = check_groups(where, groups, rewards.shape[0], num_groups)
+    if ids is None:
+        ids = torch.arange(rewards.shape[0], device=rewards.device) // size
+    else:
+        _checks.same_device(where, "groups", ids, "rewards", rewards)
     log_a = 2 * log_weights.double() + score_sqnorm.double().log()
-    ok = usable(log_weights) & ~rewards.isnan() & ~score_sqnorm.isnan()
-    return group_baselines(rewards.double(), log_a, ok, ids, count)[0].to(rewards.dtype)
+    ok = usable(log_weights) & rewards.isfinite() & (score_sqnorm >= 0) & (score_sqnorm < math.inf)
+    return group_baselines(rewards.detach().double(), log_a.detach(), ok, ids, count)[0].to(rewards.dtype)
 
 
 def check_rewards(where: str, rewards: Tensor, live: Tensor) -> None:
@@ -156,7 +164,14 @@ def check_rewards(where: str, rewards: Tensor, live: Tensor) -> None:
         )
 
 
-def check_norms(where: str, name: str, norms: Tensor) -> None:
-    """On the CPU, squared norms that are negative or not finite are an error."""
-    if _checks.readable(norms) and not bool(((norms >= 0) & (norms < math.inf)).all()):
-        raise ValueError(f"{where}: {name} must hold finite values >= 0 (squared norms), got {norms.tolist()[:8]}...")
+def check_norms(where: str, name: str, norms: Tensor, taking_part: Tensor) -> None:
+    """On the CPU, a squared norm that is negative or not finite is an error, unless its sequence is out of the loss anyway."""
+    if not _checks.readable(norms):
+        return
+    bad = taking_part & ~((norms >= 0) & (norms < math.inf))
+    if bool(bad.any()):
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{where}: {name} must hold finite values >= 0 (squared norms), got {float(norms[at])} at index {at}. "
+            "Square the norms, and look for an overflow where they are inf or NaN."
+        )

@@ -56,9 +56,14 @@ class Segments:
     def mask_without_first(self, num_tokens: int) -> Tensor | None:
         """The flat mask less each sequence's first token, which `shift=True` has no prediction for.
 
-        Indexed tokens keep theirs: what precedes a token there (a shared prefix) is not for the segments to know.
+        Indexed tokens lose the first of each row alone: what precedes any other (a shared prefix) is not for the
+        segments to know.
         """
-        return self.mask if self.order is not None else without_first(self.mask, self.offsets, num_tokens)
+        if self.order is None:
+            return without_first(self.mask, self.offsets, num_tokens)
+        row = self.shape[-1] if self.shape else 1
+        rows = torch.arange(0, num_tokens + 1, max(row, 1), device=self.offsets.device)
+        return without_first(self.mask, rows, num_tokens)
 
     @staticmethod
     def padded(mask: Tensor) -> Segments:
@@ -99,7 +104,7 @@ class Segments:
         tensor([2., 3.])
         """
         where = "Segments.packed"
-        _checks.tensor(where, "cu_seqlens", cu_seqlens, _checks.ID_DTYPES)
+        _checks.tensor(where, "cu_seqlens", cu_seqlens, _checks.ID_DTYPES, "Convert it: torch.as_tensor(cu_seqlens).long().")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"{where}: cu_seqlens must be [B + 1], got {_checks.describe(cu_seqlens)}.")
         if _checks.readable(cu_seqlens) and (
@@ -113,6 +118,11 @@ class Segments:
         if mask is not None:
             mask = _checks.as_mask(where, "mask", mask)
             _checks.same_device(where, "mask", mask, "cu_seqlens", cu_seqlens)
+            if mask.dim() == 0 or mask.numel() != mask.shape[-1]:
+                raise ValueError(
+                    f"{where}: mask must be [N] or [1, N], one row of tokens as cu_seqlens counts them, "
+                    f"got {_checks.describe(mask)}. For a padded batch use Segments.padded(mask)."
+                )
             if _checks.readable(cu_seqlens) and int(cu_seqlens[-1]) > mask.numel():
                 raise ValueError(
                     f"{where}: cu_seqlens ends at {int(cu_seqlens[-1])} but mask has only {mask.numel()} tokens."
@@ -136,9 +146,8 @@ class Segments:
         tensor([2., 5.])
         """
         where = "Segments.indexed"
-        _checks.tensor(where, "segment_id", segment_id, _checks.ID_DTYPES)
-        if isinstance(num_sequences, bool) or not isinstance(num_sequences, int) or num_sequences < 0:
-            raise TypeError(f"{where}: num_sequences must be an int >= 0, got {_checks.describe(num_sequences)}.")
+        _checks.tensor(where, "segment_id", segment_id, _checks.ID_DTYPES, "Convert it: torch.as_tensor(segment_id).long().")
+        num_sequences = _checks.integer(where, "num_sequences", num_sequences, 0)
         ids = segment_id.reshape(-1)
         if _checks.readable(ids) and ids.numel() and bool(((ids < -1) | (ids >= num_sequences)).any()):
             raise ValueError(
@@ -148,6 +157,7 @@ class Segments:
         if mask is not None:
             mask = _checks.as_mask(where, "mask", mask)
             _checks.shape(where, "mask", mask, segment_id.shape, "segment_id.shape")
+            _checks.same_device(where, "mask", mask, "segment_id", segment_id)
             mask = mask.reshape(-1)
         last = torch.where((ids < 0) | (ids >= num_sequences), num_sequences, ids.to(torch.int64))
         in_order, order = torch.sort(last, stable=True)
@@ -176,6 +186,7 @@ class Segments:
 
         Masked-out tokens contribute exactly nothing, whatever they hold (NaN and inf included).
         """
+        _checks.tensor("Segments.sum", "values", values, _checks.FLOAT_DTYPES, "Convert it: values.float().")
         flat = self.flat("Segments.sum", "values", values)
         return segment_sum(flat, self.mask, self.offsets, self.order)
 

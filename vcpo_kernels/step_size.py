@@ -5,6 +5,7 @@ Layer: scalars. eta_eff = eta * min(1, rho / rho_ref)^exponent, rho = ESS / B of
 
 from __future__ import annotations
 
+import numbers
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -40,7 +41,11 @@ class EssLearningRate:
 
     Gradients that are thrown away take their observations with them: `optimizer.zero_grad()` forgets every observation
     whose loss was backpropagated, so a step that a GradScaler skipped does not leak into the next. Code that clears
-    gradients elsewhere (`model.zero_grad()`) calls `reset()`.
+    gradients elsewhere (`model.zero_grad()`), drops a batch after observing it, or observes log-weights (which have no loss
+    to watch) and then skips the step calls `reset()`.
+
+    A step that raises leaves the rate scaled until the next step or `reset()`. In `step(closure)` the rate is set before
+    the closure runs, so observe before the step. The optimizer's hooks keep this object alive: it acts until `remove()`.
 
     Args:
         optimizer: any torch.optim.Optimizer.
@@ -78,6 +83,20 @@ class EssLearningRate:
                 f"{where}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
                 "Pass the inner optimizer of a wrapper (often `.optimizer`)."
             )
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"{where}: optimizer is a {type(optimizer).__name__} that wraps another and has no step hooks of its own. "
+                "Pass the inner optimizer (often `.optimizer`)."
+            )
+        hooks = optimizer._optimizer_step_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), EssLearningRate) for hook in hooks):
+            raise ValueError(f"{where}: optimizer has an EssLearningRate already. Call remove() on that one first.")
+        for i, group in enumerate(optimizer.param_groups):
+            if not isinstance(group.get("lr"), (Tensor, int, float, numbers.Real)):
+                raise TypeError(
+                    f"{where}: optimizer's param_groups[{i}]['lr'] must be a number or a tensor, "
+                    f"got {_checks.describe(group.get('lr'))}. Give the optimizer a learning rate of its own."
+                )
         _checks.choice(where, "rule", rule, tuple(RULES))
         self.optimizer = optimizer
         self.exponent = RULES[rule]
@@ -113,7 +132,7 @@ class EssLearningRate:
             )
         observation = _Observation(moments, None)
         if isinstance(output, VCPOOutput) and output.loss.requires_grad:
-            observation.backpropagated = False
+            observation.backpropagated = _graph_is_freed(output.loss)
             watched = weakref.ref(observation)
 
             def mark(grad: Tensor) -> None:
@@ -139,45 +158,47 @@ class EssLearningRate:
     def _gradients_cleared(self) -> None:
         self._window = [o for o in self._window if not o.backpropagated]
 
-    def _merged(self) -> Tensor | None:
+    def _merged(self) -> tuple[Tensor, Tensor] | None:
+        """Moments [3] of the window over all ranks, and how many observations they hold (0-d); None: certainly none."""
         if not self._window and self.process_group is None:
             return None
         if self._window:
             device = self._window[0].moments.device
             merged = merge_moments(torch.stack([o.moments.to(device) for o in self._window]))
         else:
-            device = self.optimizer.param_groups[0]["params"][0].device
+            parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+            device = next((p.device for p in parameters), torch.device("cpu"))
             merged = torch.tensor([-torch.inf, -torch.inf, 0.0], dtype=torch.float64, device=device)
-        if self.process_group is not None:
-            ranks = torch.distributed.get_world_size(self.process_group)
-            gathered = [torch.empty_like(merged) for _ in range(ranks)]
-            torch.distributed.all_gather(gathered, merged, group=self.process_group)
-            merged = merge_moments(torch.stack(gathered))
-        return merged
+        observed = merged.new_full((1,), len(self._window))
+        if self.process_group is None:
+            return merged, observed[0]
+        mine = torch.cat([merged, observed])
+        ranks = torch.distributed.get_world_size(self.process_group)
+        gathered = [torch.empty_like(mine) for _ in range(ranks)]
+        torch.distributed.all_gather(gathered, mine, group=self.process_group)
+        every = torch.stack(gathered)
+        return merge_moments(every[:, :3]), every[:, 3].sum()
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
-        moments = self._merged()
+        merged = self._merged()
         self._window.clear()
-        if moments is None:
-            if not self._warned:
-                warnings.warn(
-                    "EssLearningRate: optimizer.step() without an observe() since the last one; the rate is left as it is. "
-                    "Call observe(out) once per micro-batch.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-                self._warned = True
+        if merged is None:
+            self._warn_unobserved()
             return
-        self.ratio = ess_from_moments(moments)[1]
-        self.scale = (self.ratio / self.reference).clamp(max=1.0) ** self.exponent
+        moments, observed = merged
+        ratio = ess_from_moments(moments)[1]
+        scale = torch.nan_to_num(ratio / self.reference, nan=0.0).clamp(max=1.0) ** self.exponent
+        self.ratio, self.scale = ratio, torch.where(observed > 0, scale, 1.0)  # nobody observed: full rate
         rates = [group["lr"] for group in optimizer.param_groups]
         self._unscaled = [r.clone() if isinstance(r, Tensor) else r for r in rates]
         for rate in {id(r): r for r in rates if isinstance(r, Tensor)}.values():  # groups may share one tensor
             rate.mul_(self.scale.to(rate.device, rate.dtype))
         if not all(isinstance(r, Tensor) for r in rates):
             factor = float(self.scale)
+            if self.process_group is not None and not self._warned and float(observed) == 0:
+                self._warn_unobserved()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 if not isinstance(rate, Tensor):
                     group["lr"] = rate * factor
@@ -185,6 +206,17 @@ class EssLearningRate:
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
+        self._window.clear()  # a closure observed its batch too late for this step, and the next has its own
+
+    def _warn_unobserved(self) -> None:
+        if not self._warned:
+            warnings.warn(
+                "EssLearningRate: optimizer.step() without an observe() since the last one; the rate is left as it is. "
+                "Call observe(out) once per micro-batch, before the step (not inside its closure).",
+                UserWarning,
+                stacklevel=5,
+            )
+            self._warned = True
 
     def _restore(self) -> None:
         if self._unscaled is None:
@@ -195,6 +227,17 @@ class EssLearningRate:
             else:
                 group["lr"] = rate
         self._unscaled = None
+
+
+def _graph_is_freed(loss: Tensor) -> bool:
+    """Whether backward() ran through `loss` already (and freed its graph, as it does unless told to retain it)."""
+    try:
+        _ = loss.grad_fn.saved_tensors  # type: ignore[union-attr]
+    except RuntimeError:
+        return True
+    except AttributeError:
+        return False
+    return False
 
 
 def _watch_zero_grad(optimizer: torch.optim.Optimizer, owner: EssLearningRate) -> Any:

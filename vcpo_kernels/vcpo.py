@@ -18,6 +18,7 @@ from vcpo_kernels.segment_sum import segment_spread
 from vcpo_kernels.segments import Segments
 from vcpo_kernels.token_stats import TokenStats
 from vcpo_kernels.vcpo_coefficients import AGGREGATIONS, METRICS, vcpo_coefficients
+from vcpo_kernels.weights import check_segments, usable
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,16 @@ class VCPOConfig:
     def __post_init__(self) -> None:
         where = "VCPOConfig"
         for name in ("max_weight", "num_sequences", "num_tokens", "max_tokens", "ess_max_weight"):
-            _checks.positive_float(where, name, getattr(self, name), optional=True)
+            number = _checks.positive_float(where, name, getattr(self, name), optional=True)
+            object.__setattr__(self, name, number)  # numpy's numbers become Python's, which op schemas take
         _checks.choice(where, "baseline_weighting", self.baseline_weighting, tuple(baselines.WEIGHTINGS))
         _checks.choice(where, "aggregation", self.aggregation, AGGREGATIONS)
-        if not isinstance(self.normalize_std, bool):
-            raise TypeError(f"{where}: normalize_std must be a bool, got {_checks.describe(self.normalize_std)}.")
-        if not isinstance(self.score_norm, Tensor):
-            _checks.choice(where, "score_norm", self.score_norm, ("logit",))
+        object.__setattr__(self, "normalize_std", _checks.boolean(where, "normalize_std", self.normalize_std))
+        if not isinstance(self.score_norm, Tensor) and self.score_norm != "logit":
+            raise ValueError(
+                f"{where}: score_norm must be 'logit' or a tensor [B] of squared gradient norms, "
+                f"got {_checks.describe(self.score_norm)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -132,29 +136,44 @@ def vcpo_loss(
     """
     where = "vcpo_loss"
     config = VCPOConfig() if config is None else config
+    if not isinstance(config, VCPOConfig):
+        raise TypeError(f"{where}: config must be a VCPOConfig, got {_checks.describe(config)}. Make one: VCPOConfig(...).")
+    check_segments(where, segments)
     if not isinstance(stats, TokenStats):
         raise TypeError(f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}.")
     logp = segments.flat(where, "stats", stats.logp)
+    _checks.tensor(where, "behavior_logp", behavior_logp, _checks.FLOAT_DTYPES)
     mu = segments.flat(where, "behavior_logp", behavior_logp).detach()
+    _checks.shape(where, "behavior_logp", mu, logp.shape, "as many tokens as stats")
     batch = segments.num_sequences
     _checks.tensor(where, "rewards", rewards)
-    _checks.shape(where, "rewards", rewards, (batch,), "one reward per sequence")
+    _checks.shape(where, "rewards", rewards, (batch,), "one reward per sequence", "Flatten it: rewards.reshape(-1).")
     _checks.same_device(where, "rewards", rewards, "stats", logp)
     rewards = rewards.detach().to(logp.dtype)
-    ids, count = _groups(where, groups, batch, logp, num_groups)
+    ids, group_size, count = baselines.check_groups(where, groups, batch, num_groups)
+    if ids is not None:
+        _checks.same_device(where, "groups", ids, "stats", logp)
     token_scores, score_norms = _norms(where, config, stats, segments, logp)
     max_tokens = _max_tokens(where, config, segments)
-    if _checks.readable(rewards):
-        baselines.check_rewards(where, rewards, segments.lengths > 0)
+    mask = segments.mask
+    if stats.shifted and segments.max_length is None:
+        # A packed sequence's first token was predicted from its neighbour: in no count, and without a gradient. (In padded
+        # rows that is entry 0, which the op skips and token_stats gives no gradient.)
+        mask = segments.mask_without_first(logp.numel())
     results = vcpo_coefficients(
         logp.detach(), mu.to(logp.dtype), token_scores, score_norms, rewards,
-        ids, groups if isinstance(groups, int) else 0, count,
-        segments.mask, segments.offsets, segments.order, stats.shifted,
+        ids, group_size, count,
+        mask, segments.offsets, segments.order, stats.shifted,
         config.baseline_weighting, config.aggregation, config.normalize_std, config.max_weight, config.ess_max_weight,
         config.num_sequences, config.num_tokens, max_tokens,
     )  # fmt: skip
+    if _checks.readable(rewards):
+        baselines.check_rewards(where, rewards, results.lengths > 0)
+        if score_norms is not None:
+            taking_part = (results.lengths > 0) & usable(results.log_weights)
+            baselines.check_norms(where, "config.score_norm", score_norms, taking_part)
     loss = torch.ops.vcpo_kernels.policy_loss(
-        logp, results.coefficients, results.lengths, segments.mask, segments.offsets, segments.order
+        logp, results.coefficients, results.lengths, mask, segments.offsets, segments.order
     )
     metrics = dict(zip(METRICS, results.metrics.unbind(), strict=True))
     return VCPOOutput(
@@ -170,17 +189,6 @@ def vcpo_loss(
     )
 
 
-def _groups(
-    where: str, groups: int | Tensor, batch: int, logp: Tensor, num_groups: int | None
-) -> tuple[Tensor | None, int]:
-    if isinstance(groups, Tensor):
-        _checks.same_device(where, "groups", groups, "stats", logp)
-    elif num_groups is not None:
-        raise ValueError(f"{where}: num_groups={num_groups} goes with group ids; an int groups={groups} fixes it already.")
-    ids, count = baselines.group_ids(where, groups, batch, logp.device, num_groups)
-    return (ids if isinstance(groups, Tensor) else None), count
-
-
 def _norms(
     where: str, config: VCPOConfig, stats: TokenStats, segments: Segments, logp: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -189,7 +197,6 @@ def _norms(
     norms = config.score_norm.detach()
     _checks.shape(where, "config.score_norm", norms, (segments.num_sequences,), "one squared norm per sequence")
     _checks.same_device(where, "config.score_norm", norms, "stats", logp)
-    baselines.check_norms(where, "config.score_norm", norms)
     return None, norms.to(logp.dtype)
 
 

@@ -33,10 +33,11 @@ def sequence_log_weights(logp: Tensor | TokenStats, behavior_logp: Tensor, segme
     Args:
         logp: log pi_theta of each token, or the TokenStats that hold it (a shifted entry 0 then never counts).
         behavior_logp: log mu of each token as the sampler recorded it, same shape; masked-out entries may hold anything.
+            A constant: no gradient reaches it.
         segments: which tokens belong to which sequence.
 
     Returns:
-        [B] in logp's dtype; 0 for a sequence with no valid token. Differentiable in logp.
+        [B] in float32, or float64 where logp is; 0 for a sequence with no valid token. Differentiable in logp.
 
     Raises:
         TypeError, ValueError: for tensors that do not match the segments.
@@ -47,13 +48,27 @@ def sequence_log_weights(logp: Tensor | TokenStats, behavior_logp: Tensor, segme
     tensor([0.0000, 0.5000])
     """
     where = "sequence_log_weights"
+    check_segments(where, segments)
     theta = logp.logp if isinstance(logp, TokenStats) else logp
+    _checks.tensor(where, "logp", theta, _checks.FLOAT_DTYPES)
+    _checks.tensor(where, "behavior_logp", behavior_logp, _checks.FLOAT_DTYPES)
     mask = segments.mask
     flat = segments.flat(where, "logp", theta)
     if isinstance(logp, TokenStats) and logp.shifted:
         mask = segments.mask_without_first(flat.numel())
-    mu = segments.flat(where, "behavior_logp", behavior_logp)
-    return segment_sum(flat - mu, mask, segments.offsets, segments.order)
+    mu = segments.flat(where, "behavior_logp", behavior_logp).detach()
+    _checks.shape(where, "behavior_logp", mu, flat.shape, "as many tokens as logp")
+    wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    return segment_sum(flat.to(wide) - mu.to(wide), mask, segments.offsets, segments.order)
+
+
+def check_segments(where: str, segments: object) -> None:
+    """Raise unless `segments` is a Segments: a bare mask is what callers pass by mistake."""
+    if not isinstance(segments, Segments):
+        raise TypeError(
+            f"{where}: segments must be a Segments, got {_checks.describe(segments)}. Make one: Segments.padded(mask) "
+            "for [B, T] batches, Segments.packed(cu_seqlens) or Segments.indexed(segment_id, num_sequences)."
+        )
 
 
 def usable(log_weights: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -109,12 +124,15 @@ def effective_sample_size(log_weights: Tensor, valid: Tensor | None = None) -> E
     tensor(1.)
     """
     where = "effective_sample_size"
-    _checks.tensor(where, "log_weights", log_weights, (torch.float32, torch.float64))
+    _checks.tensor(
+        where, "log_weights", log_weights, (torch.float32, torch.float64), "Convert it: log_weights.float()."
+    )
     if log_weights.dim() != 1:
         raise ValueError(f"{where}: log_weights must be [B], got {_checks.describe(log_weights)}.")
     if valid is not None:
-        _checks.tensor(where, "valid", valid, (torch.bool,))
+        _checks.tensor(where, "valid", valid, (torch.bool,), "Convert it: valid > 0.")
         _checks.shape(where, "valid", valid, log_weights.shape, "log_weights.shape")
+        _checks.same_device(where, "valid", valid, "log_weights", log_weights)
     moments = ess_moments(log_weights.detach(), valid)
     ess, ratio = ess_from_moments(moments)
     return EffectiveSampleSize(ess.to(log_weights.dtype), ratio.to(log_weights.dtype), moments)

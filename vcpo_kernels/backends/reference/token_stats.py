@@ -96,11 +96,10 @@ def backward(
     known = (ids >= 0) & (ids < rows.shape[-1])
     target = torch.where(known, ids, 0).unsqueeze(-1)
 
-    # log p_v = (x_v - x_y) + logp_y keeps full precision where lse is large; lse serves where x_y is -inf.
-    logp_rows = _to_rows(logp, shift).unsqueeze(-1)
-    pivot = x.gather(-1, target)
-    by_target = torch.isfinite(logp_rows)
-    log_p = torch.where(by_target, (x - pivot) + logp_rows, x - _to_rows(lse, shift).unsqueeze(-1))
+    # log p_v from lse, or as (x_v - x_y) + logp: the smaller of lse and logp was rounded less.
+    logp_rows, lse_rows = (_to_rows(t, shift).unsqueeze(-1) for t in (logp, lse))
+    by_lse = lse_rows.abs() <= logp_rows.abs()
+    log_p = torch.where(by_lse, x - lse_rows, (x - x.gather(-1, target)) + logp_rows)
     p = log_p.exp()
     dx = -g * p - h * torch.where(p > 0, p * (log_p + _to_rows(entropy, shift).unsqueeze(-1)), 0.0)
     p_target = torch.exp(logp_rows)

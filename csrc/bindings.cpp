@@ -1,0 +1,88 @@
+// Python bindings. The extension takes raw pointers and knows nothing of torch, so that one build serves every torch
+// version; vcpo_kernels/backends/native/ checks dtypes, devices, shapes and strides before it hands an address over.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/token_stats.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);  // 0, an absent tensor, gives null
+}
+
+struct RowsArgument : vcpo::Rows {
+  RowsArgument(std::uintptr_t data, int dtype, std::int64_t outer, std::int64_t inner, std::int64_t vocabulary,
+               std::int64_t stride_outer, std::int64_t stride_inner)
+      : vcpo::Rows{pointer<const void>(data), static_cast<vcpo::Dtype>(dtype), outer, inner, vocabulary,
+                   stride_outer, stride_inner} {
+    if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+    if (outer < 0 || inner < 0 || vocabulary < 1) throw std::invalid_argument("sizes must be >= 0, vocabulary >= 1");
+  }
+};
+
+struct TokensArgument : vcpo::Tokens {
+  TokensArgument(std::uintptr_t ids, std::uintptr_t mask, bool shift)
+      : vcpo::Tokens{pointer<const std::int64_t>(ids), pointer<const std::uint8_t>(mask), shift} {}
+};
+
+std::vector<std::string> isa_available() {
+  std::vector<std::string> names;
+  for (vcpo::Isa isa : vcpo::isa_available()) names.emplace_back(vcpo::isa_name(isa));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "vcpo_kernels' compiled kernels, on raw addresses.";
+  m.def("isa_available", &isa_available, "Instruction sets this build has and this CPU runs, slowest first.");
+  m.def("isa_chosen", [] { return std::string(vcpo::isa_name(vcpo::isa_chosen())); });
+  m.def("isa_choose", &vcpo::isa_choose, py::arg("name"));
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+
+  py::class_<RowsArgument>(m, "Rows").def(
+      py::init<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>(),
+      py::arg("data"), py::arg("dtype"), py::arg("outer"), py::arg("inner"), py::arg("vocabulary"),
+      py::arg("stride_outer"), py::arg("stride_inner"));
+  py::class_<TokensArgument>(m, "Tokens")
+      .def(py::init<std::uintptr_t, std::uintptr_t, bool>(), py::arg("ids"), py::arg("mask"), py::arg("shift"));
+
+  m.def(
+      "token_stats_forward",
+      [](const RowsArgument& rows, const TokensArgument& tokens, float temperature, float softcap,
+         std::uintptr_t logp, std::uintptr_t entropy, std::uintptr_t score_sqnorm, std::uintptr_t lse, int threads) {
+        const py::gil_scoped_release release;
+        vcpo::token_stats_forward(rows, tokens, {temperature, softcap}, pointer<float>(logp), pointer<float>(entropy),
+                                  pointer<float>(score_sqnorm), pointer<float>(lse), threads);
+      },
+      py::arg("rows"), py::arg("tokens"), py::arg("temperature"), py::arg("softcap"), py::arg("logp"),
+      py::arg("entropy"), py::arg("score_sqnorm"), py::arg("lse"), py::arg("threads"));
+
+  m.def(
+      "token_stats_backward",
+      [](std::uintptr_t out, std::int64_t out_stride_outer, std::int64_t out_stride_inner, const RowsArgument& rows,
+         const TokensArgument& tokens, float temperature, float softcap, std::uintptr_t logp, std::uintptr_t entropy,
+         std::uintptr_t lse, std::uintptr_t grad_logp, std::uintptr_t grad_entropy, int threads) {
+        const py::gil_scoped_release release;
+        vcpo::token_stats_backward(pointer<void>(out), out_stride_outer, out_stride_inner, rows, tokens,
+                                   {temperature, softcap}, pointer<const float>(logp), pointer<const float>(entropy),
+                                   pointer<const float>(lse), pointer<const float>(grad_logp),
+                                   pointer<const float>(grad_entropy), threads);
+      },
+      py::arg("out"), py::arg("out_stride_outer"), py::arg("out_stride_inner"), py::arg("rows"), py::arg("tokens"),
+      py::arg("temperature"), py::arg("softcap"), py::arg("logp"), py::arg("entropy"), py::arg("lse"),
+      py::arg("grad_logp"), py::arg("grad_entropy"), py::arg("threads"));
+}

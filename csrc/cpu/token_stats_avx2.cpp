@@ -1,0 +1,40 @@
+// The avx2 variant of token_stats's row kernels. The target is set by pragma for this file's own code alone: the headers
+// come first, and everything below is in an anonymous namespace.
+#include "token_stats.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace vcpo {
+namespace {
+
+inline void stream_fence() { _mm_sfence(); }
+
+#include "simd_avx2.inc"
+#include "token_stats_rows.inc"
+
+}  // namespace
+
+const RowKernels kRowKernelsAvx2 = kRowKernels;
+
+}  // namespace vcpo
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

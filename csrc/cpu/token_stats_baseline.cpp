@@ -1,0 +1,20 @@
+// The portable variant of token_stats's row kernels, at the compiler's default instruction set.
+#include "token_stats.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace vcpo {
+namespace {
+
+inline void stream_fence() {}
+
+#include "simd_baseline.inc"
+#include "token_stats_rows.inc"
+
+}  // namespace
+
+const RowKernels kRowKernelsBaseline = kRowKernels;
+
+}  // namespace vcpo

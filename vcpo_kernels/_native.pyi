@@ -1,0 +1,47 @@
+openmp: bool
+
+def isa_available() -> list[str]: ...
+def isa_chosen() -> str: ...
+def isa_choose(name: str) -> None: ...
+
+class Rows:
+    def __init__(
+        self,
+        data: int,
+        dtype: int,
+        outer: int,
+        inner: int,
+        vocabulary: int,
+        stride_outer: int,
+        stride_inner: int,
+    ) -> None: ...
+
+class Tokens:
+    def __init__(self, ids: int, mask: int, shift: bool) -> None: ...
+
+def token_stats_forward(
+    rows: Rows,
+    tokens: Tokens,
+    temperature: float,
+    softcap: float,
+    logp: int,
+    entropy: int,
+    score_sqnorm: int,
+    lse: int,
+    threads: int,
+) -> None: ...
+def token_stats_backward(
+    out: int,
+    out_stride_outer: int,
+    out_stride_inner: int,
+    rows: Rows,
+    tokens: Tokens,
+    temperature: float,
+    softcap: float,
+    logp: int,
+    entropy: int,
+    lse: int,
+    grad_logp: int,
+    grad_entropy: int,
+    threads: int,
+) -> None: ...

@@ -1,0 +1,68 @@
+"""token_stats through the compiled extension: the CPU kernels of csrc/cpu. Passes addresses; the checks came before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _native
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype in csrc/cpu/dtypes.h
+
+
+def _address(value: Tensor | None) -> int:
+    return 0 if value is None else value.data_ptr()
+
+
+def _rows(rows: Tensor) -> _native.Rows:
+    return _native.Rows(rows.data_ptr(), DTYPE_CODES[rows.dtype], *rows.shape, *rows.stride()[:2])
+
+
+def forward(
+    rows: Tensor,  # [O, I, V]
+    token_ids: Tensor,  # [O, I] int64
+    mask: Tensor | None,  # [O, I] bool
+    *,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, score_sqnorm, lse, each [O, I] fp32."""
+    logp, entropy, score_sqnorm, lse = (torch.empty(rows.shape[:2], dtype=torch.float32) for _ in range(4))
+    _native.token_stats_forward(
+        _rows(rows),
+        _native.Tokens(token_ids.data_ptr(), _address(mask), shift),
+        temperature,
+        softcap or 0.0,
+        *(_address(t) for t in (logp, entropy, score_sqnorm, lse)),
+        torch.get_num_threads(),
+    )
+    return logp, entropy, score_sqnorm, lse
+
+
+def backward(
+    out: Tensor,  # [O, I, V], written; may be `rows` itself
+    rows: Tensor,  # [O, I, V]
+    token_ids: Tensor,  # [O, I] int64
+    mask: Tensor | None,  # [O, I] bool
+    logp: Tensor,  # [O, I] fp32, as are all below
+    entropy: Tensor,
+    lse: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    *,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> None:
+    """Writes every row of `out`."""
+    _native.token_stats_backward(
+        out.data_ptr(),
+        *out.stride()[:2],
+        _rows(rows),
+        _native.Tokens(token_ids.data_ptr(), _address(mask), shift),
+        temperature,
+        softcap or 0.0,
+        *(_address(t) for t in (logp, entropy, lse, grad_logp, grad_entropy)),
+        torch.get_num_threads(),
+    )
