@@ -223,7 +223,8 @@ def _backward_into(
     softcap: float | None,
     shift: bool,
 ) -> None:
-    rows, out_rows = _rows_of(logits, shift), _rows_of(out, shift)
+    rows = _rows_of(logits, shift)
+    out_rows = rows if out is logits else out.view(rows.shape)
     token_sized = (token_ids, mask, logp, entropy, lse, grad_logp, grad_entropy)
     backend = registry.select("token_stats", logits.device, logits.dtype)
     backend.backward(
@@ -244,6 +245,7 @@ def _token_stats_backward(logits: Tensor, *rest: Any) -> Tensor:
 
 def _token_stats_backward_(logits: Tensor, *rest: Any) -> None:
     _backward_into(logits, logits, *rest)
+    torch.autograd.graph.increment_version(logits)  # kernels write by address, which autograd does not see
 
 
 def _stats_dtype(logits: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "flush_denormals.h"
+#include "huge_pages.h"
 #include "isa.h"
 
 namespace vcpo {
@@ -89,7 +90,7 @@ RowGradient row_gradient(const void* row, Dtype dtype, std::int64_t y, float log
                          float h, const Scaling& scaling, const RowScale& s) {
   RowGradient out;
   const double z = element(row, dtype, y);
-  const double u = (s.softcap ? std::tanh(z * s.inv_softcap) : z) * s.scale;
+  const double u = (s.softcap && z > -INFINITY ? std::tanh(z * s.inv_softcap) : z) * s.scale;
   out.lse2 = std::abs(lse) <= std::abs(logp) ? lse * kLog2e : u - logp * kLog2e;
   const double inv_t = 1.0 / scaling.temperature;
   out.k0 = static_cast<float>(-(g + static_cast<double>(h) * entropy) * inv_t);
@@ -132,7 +133,10 @@ void token_stats_backward(void* out, std::int64_t out_stride_outer, std::int64_t
   // Around the cache, where the gradient is too large to be in it when it is next read: a cached store of a line that is
   // not there reads it first, a third of the backward's traffic. In place the line is there already.
   constexpr std::int64_t kStreamFrom = 8 << 20;
-  const bool stream = out != rows.data && rows.outer * rows.inner * row_bytes >= kStreamFrom;
+  const std::int64_t total_bytes = rows.outer * rows.inner * row_bytes;
+  const bool stream = out != rows.data && total_bytes >= kStreamFrom;
+  const bool dense = out_stride_inner == rows.vocabulary && out_stride_outer == rows.inner * rows.vocabulary;
+  if (stream && dense) prefer_huge_pages(out, static_cast<std::size_t>(total_bytes));
   for_each_row(rows, threads, [&](std::int64_t o, std::int64_t i) {
     const Entry entry = entry_of(rows, tokens, o, i);
     char* d = static_cast<char*>(out) + (o * out_stride_outer + i * out_stride_inner) * bytes_of(rows.dtype);

@@ -1,9 +1,11 @@
 // The portable variant of token_stats's row kernels, at the compiler's default instruction set.
 #include "token_stats.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace vcpo {
 namespace {

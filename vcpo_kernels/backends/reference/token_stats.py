@@ -1,4 +1,4 @@
-"""The specification of token_stats in eager torch. Any device; float64 in, float64 out.
+"""The specification of token_stats in eager torch, any device. Arithmetic in float64; fp32 out, or float64 for float64 in.
 
 Written for reading: it materialises [outer, inner, V] several times over. Shapes: O outer, I inner (sequence) rows.
 """
@@ -10,9 +10,10 @@ from torch import Tensor
 
 
 def _scaled(rows: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    z = rows if rows.dtype == torch.float64 else rows.float()
+    z = rows.double()
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        # A logit of -inf is a masked entry, and stays one; tanh alone would lift it to -softcap.
+        z = torch.where(z == -torch.inf, z, softcap * torch.tanh(z / softcap))
     return z / temperature
 
 
@@ -67,7 +68,8 @@ def forward(
     nan = torch.full_like(logp, float("nan"))
     logp, score = torch.where(known, logp, nan), torch.where(known, score, nan)
     outputs = (torch.where(live, value, 0.0) for value in (logp, entropy, score, lse))
-    logp, entropy, score, lse = (torch.roll(o, 1, dims=1) if shift else o for o in outputs)
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    logp, entropy, score, lse = ((torch.roll(o, 1, dims=1) if shift else o).to(dtype) for o in outputs)
     return logp, entropy, score, lse
 
 
@@ -87,7 +89,7 @@ def backward(
     shift: bool,
 ) -> None:
     """d rows = g (1[v=y] - p) - h p (log p + entropy), through softcap and temperature; 0 where g = h = 0."""
-    zero = torch.zeros_like(logp)
+    zero = torch.zeros_like(logp, dtype=torch.float64)
     live = _live(mask, rows.shape[:2], shift, rows.device)
     g = torch.where(live, _to_rows(zero if grad_logp is None else grad_logp, shift), 0.0).unsqueeze(-1)
     h = torch.where(live, _to_rows(zero if grad_entropy is None else grad_entropy, shift), 0.0).unsqueeze(-1)
@@ -97,16 +99,16 @@ def backward(
     target = torch.where(known, ids, 0).unsqueeze(-1)
 
     # log p_v from lse, or as (x_v - x_y) + logp: the smaller of lse and logp was rounded less.
-    logp_rows, lse_rows = (_to_rows(t, shift).unsqueeze(-1) for t in (logp, lse))
+    logp_rows, lse_rows, entropy_rows = (_to_rows(t, shift).double().unsqueeze(-1) for t in (logp, lse, entropy))
     by_lse = lse_rows.abs() <= logp_rows.abs()
     log_p = torch.where(by_lse, x - lse_rows, (x - x.gather(-1, target)) + logp_rows)
     p = log_p.exp()
-    dx = -g * p - h * torch.where(p > 0, p * (log_p + _to_rows(entropy, shift).unsqueeze(-1)), 0.0)
+    dx = -g * p - h * torch.where(p > 0, p * (log_p + entropy_rows), 0.0)
     p_target = torch.exp(logp_rows)
-    h_part = torch.where(p_target > 0, p_target * (logp_rows + _to_rows(entropy, shift).unsqueeze(-1)), 0.0)
+    h_part = torch.where(p_target > 0, p_target * (logp_rows + entropy_rows), 0.0)
     dx = dx.scatter(-1, target, -g * torch.expm1(logp_rows) - h * h_part)
     dx = torch.where(known.unsqueeze(-1), dx, torch.full_like(dx, float("nan")))
     dx = dx / temperature
     if softcap is not None:
-        dx = dx * (1 - torch.tanh(rows.to(dx.dtype) / softcap).square())
+        dx = dx * (1 - torch.tanh(rows.double() / softcap).square())
     out.copy_(torch.where((g == 0) & (h == 0), 0.0, dx))

@@ -90,7 +90,7 @@ def forward(
     ess_log_w = log_w if ess_max_weight is None else log_w.clamp(max=math.log(ess_max_weight))
     moments = weights.ess_moments(torch.where(ok, ess_log_w.double(), math.nan), live)
     ess, ratio = weights.ess_from_moments(moments)
-    taking_part = ok.sum().clamp(min=1)
+    taking_part = ok.sum().clamp(min=1).double()
     seen = torch.zeros(num_groups, dtype=torch.bool, device=logp.device).index_fill_(0, ids[ok], True)
     metrics = torch.stack(
         [
@@ -104,7 +104,7 @@ def forward(
             torch.where(ok.any(), torch.where(ok, big_l, -math.inf).amax(), 0.0) if batch else ess,
             torch.where(ok, r, 0.0).sum() / taking_part,
             advantages.square().sum() / taking_part,
-            (equal & seen).sum() / seen.sum().clamp(min=1),
+            (equal & seen).sum() / seen.sum().clamp(min=1).double(),
         ]
     )
     as_given = (t.to(dtype) for t in (baseline, advantages, coefficients, metrics))

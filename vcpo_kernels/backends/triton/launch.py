@@ -1,0 +1,102 @@
+"""Launch parameters as data: one table entry per architecture, never tuned at run time.
+
+Every entry is compiled ahead of time by `python -m benchmarks.aot`, which keeps the resulting
+registers, spills and access widths in benchmarks/results/aot_triton.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ACCESS_BYTES = 16  # the widest load and store a thread has
+FUSION = True  # a * b + c in one instruction; said at every launch, because triton 3.10 changes the default
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """A program reads its row in blocks of [vectors, 32 * num_warps lanes, one 16-byte access].
+
+    vectors: 16-byte accesses that each thread has in flight at once. num_warps: of a program, which is one
+    row.
+    """
+
+    vectors: int
+    num_warps: int
+
+    @property
+    def lanes(self) -> int:
+        """Threads of a program, each of which keeps a row state of its own."""
+        return 32 * self.num_warps
+
+
+@dataclass(frozen=True)
+class SequenceLaunch:
+    """block: sequences or tokens that a program takes at a time."""
+
+    block: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Everything one architecture needs."""
+
+    forward: RowLaunch
+    forward_softcap: RowLaunch
+    backward: RowLaunch
+    sequence: SequenceLaunch
+
+
+# Four 16-byte loads per thread keep 64 bytes x 1024 threads = 64 KB per multiprocessor in flight at 64
+# registers a thread; Little's law asks for 3.35 TB/s x 0.7 us / 132 = 18 KB on an H100, of which a program
+# that is busy with its sums has none. Small programs (4 warps) leave several per multiprocessor out of step
+# with each other, so that some are always loading. The backward pass is a plain map, whose stores need no
+# reply: half as many loads at a time do. The softcap's polynomial takes twice the registers per element, so
+# its forward pass too has half the elements at a time.
+_FOUR_WARPS = Launches(
+    forward=RowLaunch(vectors=4, num_warps=4),
+    forward_softcap=RowLaunch(vectors=2, num_warps=4),
+    backward=RowLaunch(vectors=2, num_warps=4),
+    sequence=SequenceLaunch(block=512, num_warps=4),
+)
+LAUNCHES: dict[tuple[int, int], Launches] = {(8, 0): _FOUR_WARPS, (9, 0): _FOUR_WARPS, (10, 0): _FOUR_WARPS}
+
+
+def launches_for(capability: tuple[int, int]) -> Launches:
+    """The newest architecture of the table that is not newer than this one; the oldest where all are."""
+    older = [known for known in LAUNCHES if known <= capability]
+    return LAUNCHES[max(older) if older else min(LAUNCHES)]
+
+
+def launches(device: torch.device) -> Launches:
+    """The entry for a device; the interpreter on CPU tensors runs the one for Hopper."""
+    if device.type != "cuda":
+        return LAUNCHES[(9, 0)]
+    return launches_for(torch.cuda.get_device_capability(device))
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments live on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def access_elements(rows: Tensor) -> int:
+    """Elements in one 16-byte access."""
+    return ACCESS_BYTES // rows.element_size()
+
+
+def vector_length(*rows: Tensor) -> int:
+    """Elements per access: 16 bytes' worth where each row of each tensor [O, I, V] starts on 16, else 1."""
+    width = access_elements(rows[0])
+    starts = (s for r in rows for s, n in zip(r.stride()[:2], r.shape[:2], strict=True) if n > 1)
+    aligned = all(r.data_ptr() % ACCESS_BYTES == 0 for r in rows) and all(s % width == 0 for s in starts)
+    return width if aligned else 1
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as the uint8 it is in memory, contiguous."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
