@@ -19,7 +19,7 @@ constexpr double kLn2 = 0.6931471805599453094;
 constexpr double kLog2e = 1.4426950408889634074;
 
 // Sums over a set of vocabulary entries without the target.
-//   ref: the exponent they are taken relative to: some u_v of the set, at most kSlack below the largest; -inf: empty set.
+//   ref: the exponent they are taken relative to: some u_v of the set, at most a few binades below the largest; -inf: empty set.
 //   sum: sum of 2^(u - ref).   dot: sum of 2^(u - ref) (u - ref).   sq: sum of 4^(u - ref).
 // NaN and +inf logits make sum NaN or inf, and every statistic of the row NaN.
 template <class Real>
