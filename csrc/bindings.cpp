@@ -22,8 +22,13 @@ T* pointer(std::uintptr_t address) {
 struct RowsArgument : vcpo::Rows {
   RowsArgument(std::uintptr_t data, int dtype, std::int64_t outer, std::int64_t inner, std::int64_t vocabulary,
                std::int64_t stride_outer, std::int64_t stride_inner)
-      : vcpo::Rows{pointer<const void>(data), static_cast<vcpo::Dtype>(dtype), outer, inner, vocabulary,
-                   stride_outer, stride_inner} {
+      : vcpo::Rows{pointer<const void>(data),
+                   static_cast<vcpo::Dtype>(dtype),
+                   outer,
+                   inner,
+                   vocabulary,
+                   stride_outer,
+                   stride_inner} {
     if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
     if (outer < 0 || inner < 0 || vocabulary < 1) throw std::invalid_argument("sizes must be >= 0, vocabulary >= 1");
   }
@@ -62,8 +67,8 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "token_stats_forward",
-      [](const RowsArgument& rows, const TokensArgument& tokens, float temperature, float softcap,
-         std::uintptr_t logp, std::uintptr_t entropy, std::uintptr_t score_sqnorm, std::uintptr_t lse, int threads) {
+      [](const RowsArgument& rows, const TokensArgument& tokens, float temperature, float softcap, std::uintptr_t logp,
+         std::uintptr_t entropy, std::uintptr_t score_sqnorm, std::uintptr_t lse, int threads) {
         const py::gil_scoped_release release;
         vcpo::token_stats_forward(rows, tokens, {temperature, softcap}, pointer<float>(logp), pointer<float>(entropy),
                                   pointer<float>(score_sqnorm), pointer<float>(lse), threads);

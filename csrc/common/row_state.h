@@ -1,8 +1,8 @@
 // The partial state of a softmax row, and the rule by which two disjoint pieces of one row are merged.
 //
-// Blocks of a row, thread blocks of a cluster and vocabulary shards of a tensor-parallel group are all merged by this rule.
-// Host and device. Base 2: u_v = x_v log2(e), with x the softcapped logits over the temperature. The target y is left out
-// of every sum, so that 1 - p_y is a sum of positive terms and never a difference (design: `score_sqnorm`).
+// Blocks of a row, thread blocks of a cluster and vocabulary shards of a tensor-parallel group are all merged by this
+// rule. Host and device. Base 2: u_v = x_v log2(e), with x the softcapped logits over the temperature. The target y is
+// left out of every sum, so that 1 - p_y is a sum of positive terms and never a difference (design: `score_sqnorm`).
 #pragma once
 
 #include <cmath>
@@ -19,8 +19,8 @@ constexpr double kLn2 = 0.6931471805599453094;
 constexpr double kLog2e = 1.4426950408889634074;
 
 // Sums over a set of vocabulary entries without the target.
-//   ref: the exponent they are taken relative to: some u_v of the set, at most a few binades below the largest; -inf: empty set.
-//   sum: sum of 2^(u - ref).   dot: sum of 2^(u - ref) (u - ref).   sq: sum of 4^(u - ref).
+//   ref: the exponent they are taken relative to: some u_v of the set, at most a few binades below the largest; -inf:
+//   empty set. sum: sum of 2^(u - ref).   dot: sum of 2^(u - ref) (u - ref).   sq: sum of 4^(u - ref).
 // NaN and +inf logits make sum NaN or inf, and every statistic of the row NaN.
 template <class Real>
 struct RowState {

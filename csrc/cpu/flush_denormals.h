@@ -1,5 +1,5 @@
-// Flush subnormal results to zero while in scope: exponentials far below a row's maximum are subnormal, count for nothing,
-// and would each cost some hundred cycles of microcode.
+// Flush subnormal results to zero while in scope: exponentials far below a row's maximum are subnormal, count for
+// nothing, and would each cost some hundred cycles of microcode.
 #pragma once
 
 #if defined(__x86_64__)

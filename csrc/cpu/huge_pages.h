@@ -1,7 +1,7 @@
 // Ask for huge pages behind a large buffer that is about to be written for the first time.
 //
-// A gradient of N V elements comes fresh from the allocator, and its page faults cost as much as filling it: 256 rows of
-// 151,936 bf16 are 19,000 faults of 4 KiB, or 38 of 2 MiB. Only a hint: where the system refuses, nothing changes.
+// A gradient of N V elements comes fresh from the allocator, and its page faults cost as much as filling it: 256 rows
+// of 151,936 bf16 are 19,000 faults of 4 KiB, or 38 of 2 MiB. Only a hint: where the system refuses, nothing changes.
 #pragma once
 
 #include <cstddef>

@@ -17,8 +17,8 @@ Isa find(const std::string& name) {
   for (Isa isa : isa_available()) {
     if (name == isa_name(isa)) return isa;
   }
-  throw std::invalid_argument("VCPO_CPU_ISA: '" + name + "' is not available on this machine; available: " +
-                              listed(isa_available()));
+  throw std::invalid_argument("VCPO_CPU_ISA: '" + name +
+                              "' is not available on this machine; available: " + listed(isa_available()));
 }
 
 std::atomic<int>& chosen() {

@@ -49,8 +49,8 @@ Entry entry_of(const Rows& rows, const Tokens& tokens, std::int64_t o, std::int6
   return {at, predicted && (tokens.mask == nullptr || tokens.mask[at] != 0)};
 }
 
-// Rows over threads. Dynamic, because masked rows cost nothing; in chunks of some 64 KiB, so that narrow rows do not pay
-// for the scheduling. A row's result never depends on the chunk it is in.
+// Rows over threads. Dynamic, because masked rows cost nothing; in chunks of some 64 KiB, so that narrow rows do not
+// pay for the scheduling. A row's result never depends on the chunk it is in.
 template <class Work>
 void for_each_row(const Rows& rows, int threads, const Work& work) {
   const std::int64_t count = rows.outer * rows.inner;
@@ -130,8 +130,8 @@ void token_stats_backward(void* out, std::int64_t out_stride_outer, std::int64_t
   const BackwardRow backward = kernels().backward[static_cast<int>(rows.dtype)];
   const RowScale scale = row_scale(scaling);
   const std::int64_t row_bytes = rows.vocabulary * bytes_of(rows.dtype);
-  // Around the cache, where the gradient is too large to be in it when it is next read: a cached store of a line that is
-  // not there reads it first, a third of the backward's traffic. In place the line is there already.
+  // Around the cache, where the gradient is too large to be in it when it is next read: a cached store of a line that
+  // is not there reads it first, a third of the backward's traffic. In place the line is there already.
   constexpr std::int64_t kStreamFrom = 8 << 20;
   const std::int64_t total_bytes = rows.outer * rows.inner * row_bytes;
   const bool stream = out != rows.data && total_bytes >= kStreamFrom;

@@ -1,5 +1,5 @@
-// The avx2 variant of token_stats's row kernels. The target is set by pragma for this file's own code alone: the headers
-// come first, and everything below is in an anonymous namespace.
+// The avx2 variant of token_stats's row kernels. The target is set by pragma for this file's own code alone: the
+// headers come first, and everything below is in an anonymous namespace.
 #include "token_stats.h"
 
 #if defined(__x86_64__)

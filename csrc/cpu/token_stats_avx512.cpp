@@ -1,5 +1,5 @@
-// The avx512 variant of token_stats's row kernels. The target is set by pragma for this file's own code alone: the headers
-// come first, and everything below is in an anonymous namespace.
+// The avx512 variant of token_stats's row kernels. The target is set by pragma for this file's own code alone: the
+// headers come first, and everything below is in an anonymous namespace.
 #include "token_stats.h"
 
 #if defined(__x86_64__)
@@ -13,7 +13,8 @@
 #include <limits>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
 // GCC's own avx512 headers start from a deliberately undefined vector, and warn of it once inlined (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wuninitialized"

@@ -1,7 +1,8 @@
-// The extension's kernels without Python, to run under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+// The extension's kernels without Python, to run under AddressSanitizer and UndefinedBehaviorSanitizer: `make
+// sanitize`.
 //
-// Every tensor ends at the edge of an unreadable page, once at its end and once at its beginning, since sanitizers do not
-// see through vector intrinsics. Results are checked against plain loops in double.
+// Every tensor ends at the edge of an unreadable page, once at its end and once at its beginning, since sanitizers do
+// not see through vector intrinsics. Results are checked against plain loops in double.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -21,14 +22,14 @@ namespace {
 
 int failures = 0;
 
-#define CHECK(condition, ...)                     \
-  do {                                            \
-    if (!(condition)) {                           \
-      std::printf("FAILED %s: ", #condition);     \
-      std::printf(__VA_ARGS__);                   \
-      std::printf("\n");                          \
-      ++failures;                                 \
-    }                                             \
+#define CHECK(condition, ...)                 \
+  do {                                        \
+    if (!(condition)) {                       \
+      std::printf("FAILED %s: ", #condition); \
+      std::printf(__VA_ARGS__);               \
+      std::printf("\n");                      \
+      ++failures;                             \
+    }                                         \
   } while (0)
 
 // An array whose first or last byte touches a page that may not be accessed.
@@ -90,7 +91,9 @@ Expected expected(const std::vector<double>& x, std::size_t y) {
   return e;
 }
 
-bool close(double got, double want, double tolerance) { return std::abs(got - want) <= tolerance * (1 + std::abs(want)); }
+bool close(double got, double want, double tolerance) {
+  return std::abs(got - want) <= tolerance * (1 + std::abs(want));
+}
 
 template <class T>
 void check_rows(std::int64_t vocabulary, typename Guarded<T>::Side side, float softcap, bool inplace, int threads) {
@@ -105,7 +108,9 @@ void check_rows(std::int64_t vocabulary, typename Guarded<T>::Side side, float s
   Guarded<float> logp(kRows, s), entropy(kRows, s), score(kRows, s), lse(kRows, s), g(kRows, s), h(kRows, s);
   for (std::size_t i = 0; i < z.size(); ++i) z[i] = vcpo::from_float<T>(normal(random));
   for (std::int64_t r = 0; r < kRows; ++r) {
-    ids[r] = r == 0 ? 0 : r == 1 ? vocabulary - 1 : static_cast<std::int64_t>(random() % static_cast<unsigned>(vocabulary));
+    ids[r] = r == 0   ? 0
+             : r == 1 ? vocabulary - 1
+                      : static_cast<std::int64_t>(random() % static_cast<unsigned>(vocabulary));
     mask[r] = r != 3;
     g[r] = normal(random), h[r] = normal(random);
   }

@@ -1,0 +1,71 @@
+# make demo: set everything up and run the main example.   make test: set everything up and run the whole suite.
+# Both work on a fresh machine with Python >= 3.10, a C++ compiler and a package index. PYTHON=... picks the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help setup demo test test-fast test-triton test-slow sanitize aot lint format bench figures clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	CMAKE_ARGS="-DVCPO_WERROR=ON $(CMAKE_ARGS)" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+setup: $(VENV)/.built  ## .venv with everything, and the package built in place
+
+demo: setup  ## asynchronous RL, with and without VCPO, side by side (about 2 minutes)
+	$(BIN)/python -m examples.async_lab demo
+
+test: setup test-fast test-triton sanitize  ## the whole suite but for the slow tests
+
+test-fast: setup
+	$(PYTEST) -m "not slow"
+	$(PYTEST) --doctest-modules vcpo_kernels --ignore=vcpo_kernels/backends/triton
+
+test-triton: setup  ## triton kernels in the interpreter, and compiled ahead of time against the committed table
+	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m "not slow"
+	$(BIN)/python -m benchmarks.aot_triton --check
+
+test-slow: setup  ## the tests marked slow
+	$(PYTEST) -m slow
+	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m slow
+
+sanitize: setup  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with guard pages
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  -DVCPO_SANITIZE=ON -DVCPO_PYTHON=OFF -DVCPO_WERROR=ON > /dev/null
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/native_test
+
+lint: setup  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: setup  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+aot: setup  ## compile every triton kernel ahead of time and rewrite the committed table
+	$(BIN)/python -m benchmarks.aot_triton
+
+bench: setup  ## the comparison with eager torch and torch.compile on this machine
+	$(BIN)/python -m benchmarks.run
+
+figures: setup  ## the README's tables and pictures from the committed results
+	$(BIN)/python -m benchmarks.figures
+
+clean:
+	rm -rf $(VENV) build *.egg-info vcpo_kernels/*.so
