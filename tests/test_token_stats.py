@@ -36,9 +36,7 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-def oracle(
-    logits: Tensor, ids: Tensor, g: Tensor, h: Tensor, **options: object
-) -> tuple[vk.TokenStats, Tensor]:
+def oracle(logits: Tensor, ids: Tensor, g: Tensor, h: Tensor, **options: object) -> tuple[vk.TokenStats, Tensor]:
     """Statistics and gradient of g . logp + h . entropy in float64, by the reference backend."""
     z = logits.double().requires_grad_()
     with vk.use_backend("reference"):
@@ -75,9 +73,7 @@ def assert_gradient(got: Tensor, want: Tensor, scale: Tensor, stats: vk.TokenSta
     assert bool((error <= bound).all()), f"gradient: {worst:.2f} times the bound"
 
 
-def run(
-    logits: Tensor, ids: Tensor, g: Tensor, h: Tensor | None, **options: object
-) -> tuple[vk.TokenStats, Tensor]:
+def run(logits: Tensor, ids: Tensor, g: Tensor, h: Tensor | None, **options: object) -> tuple[vk.TokenStats, Tensor]:
     z = logits.detach().requires_grad_()
     stats = vk.token_stats(z, ids, **options)
     loss = torch.dot(stats.logp.flatten(), g)

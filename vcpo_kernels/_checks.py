@@ -63,9 +63,10 @@ def positive_float(where: str, name: str, value: Any, optional: bool = False) ->
         also = " or None" if optional else ""
         hint = f" Pass a Python number: float({name})." if isinstance(value, Tensor) else ""
         raise TypeError(f"{where}: {name} must be a float > 0{also}, got {describe(value)}.{hint}")
-    if not (math.isfinite(value) and value > 0):
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{where}: {name} must be finite and > 0, got {value!r}.")
-    return float(value)
+    return number
 
 
 def integer(where: str, name: str, value: Any, minimum: int) -> int:
@@ -100,7 +101,7 @@ def readable(value: Tensor) -> bool:
 
 
 def as_mask(where: str, name: str, value: Any) -> Tensor:
-    """A bool mask from bool, integer or 0/1 float masks (trainers use all three). Float values other than 0 and 1 are refused."""
+    """A bool mask from a bool, integer or 0/1 float one (trainers use all three). Any other value is refused."""
     tensor(where, name, value)
     if value.dtype == torch.bool:
         return value

@@ -34,6 +34,4 @@ def as_rows(logits: Tensor, shift: bool) -> Tensor | None:
     if len(groups) > 2:
         return None
     (outer, outer_stride), (inner, inner_stride) = groups
-    return logits.as_strided(
-        (outer, inner, logits.shape[-1]), (outer_stride, inner_stride, 1), logits.storage_offset()
-    )
+    return logits.as_strided((outer, inner, logits.shape[-1]), (outer_stride, inner_stride, 1), logits.storage_offset())

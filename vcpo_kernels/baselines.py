@@ -66,7 +66,9 @@ def check_groups(
             f"got {_checks.describe(groups)}. Group ids go in a tensor: torch.tensor(ids)."
         )
     if num_groups is not None:
-        raise ValueError(f"{where}: num_groups={num_groups} goes with group ids; an int groups={groups} fixes it already.")
+        raise ValueError(
+            f"{where}: num_groups={num_groups} goes with group ids; an int groups={groups} fixes it already."
+        )
     if groups < 1 or num_sequences % groups:
         raise ValueError(
             f"{where}: groups={groups} must divide the {num_sequences} sequences of the batch into whole prompts. "
@@ -137,7 +139,9 @@ def off_policy_baseline(
     where = "off_policy_baseline"
     _checks.tensor(where, "rewards", rewards, (torch.float32, torch.float64), "Convert it: rewards.float().")
     if rewards.dim() != 1:
-        raise ValueError(f"{where}: rewards must be [B], got {_checks.describe(rewards)}. Flatten it: rewards.reshape(-1).")
+        raise ValueError(
+            f"{where}: rewards must be [B], got {_checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."
+        )
     for name, value in (("log_weights", log_weights), ("score_sqnorm", score_sqnorm)):
         _checks.tensor(where, name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
         _checks.shape(where, name, value, rewards.shape, "rewards.shape")

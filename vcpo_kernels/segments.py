@@ -104,12 +104,12 @@ class Segments:
         tensor([2., 3.])
         """
         where = "Segments.packed"
-        _checks.tensor(where, "cu_seqlens", cu_seqlens, _checks.ID_DTYPES, "Convert it: torch.as_tensor(cu_seqlens).long().")
+        _checks.tensor(
+            where, "cu_seqlens", cu_seqlens, _checks.ID_DTYPES, "Convert it: torch.as_tensor(cu_seqlens).long()."
+        )
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"{where}: cu_seqlens must be [B + 1], got {_checks.describe(cu_seqlens)}.")
-        if _checks.readable(cu_seqlens) and (
-            int(cu_seqlens[0]) != 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any())
-        ):
+        if _checks.readable(cu_seqlens) and (int(cu_seqlens[0]) != 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any())):
             raise ValueError(
                 f"{where}: cu_seqlens must ascend from 0, got {cu_seqlens.tolist()[:8]}... "
                 "From lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
@@ -146,7 +146,9 @@ class Segments:
         tensor([2., 5.])
         """
         where = "Segments.indexed"
-        _checks.tensor(where, "segment_id", segment_id, _checks.ID_DTYPES, "Convert it: torch.as_tensor(segment_id).long().")
+        _checks.tensor(
+            where, "segment_id", segment_id, _checks.ID_DTYPES, "Convert it: torch.as_tensor(segment_id).long()."
+        )
         num_sequences = _checks.integer(where, "num_sequences", num_sequences, 0)
         ids = segment_id.reshape(-1)
         if _checks.readable(ids) and ids.numel() and bool(((ids < -1) | (ids >= num_sequences)).any()):

@@ -181,6 +181,8 @@ class EssLearningRate:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._unscaled is not None and not self._window:
+            return  # an overridden step() calls super().step(), whose hooks run again; or a failed step is tried again
         self._restore()
         merged = self._merged()
         self._window.clear()

@@ -19,7 +19,7 @@ from vcpo_kernels.backends import registry
 
 @dataclass(frozen=True)
 class TokenStats:
-    """Statistics of each token, in the shape of `token_ids`, fp32 (float64 for float64 logits); 0 at masked-out entries.
+    """Statistics of each token, in the shape of `token_ids`, fp32 (float64 for float64 logits); 0 where masked out.
 
     logp: log pi(y_t), x_y - lse. Differentiable.
     entropy: -sum_v p_v log p_v, in nats. Differentiable.
@@ -86,21 +86,26 @@ def token_stats(
     >>> stats.score_sqnorm
     tensor([0.5000, 0.0000])
     >>> stats.logp.sum().backward()
-    >>> logits.grad
-    tensor([[-0.5000,  0.5000],
-            [ 0.0000, -0.0000]])
+    >>> logits.grad[0]
+    tensor([-0.5000,  0.5000])
     """
     token_ids, mask, temperature, softcap = _check(
         logits, token_ids, mask, temperature, softcap, shift, inplace_backward
     )
     rows_fit = torch.compiler.is_compiling() or _rows.as_rows(logits, shift) is not None
     if not rows_fit:  # more than two batch dimensions that no stride can merge: one call per slice of the first
+        masks = mask if mask is not None else [None] * len(logits)
         slices = [
-            token_stats(l, i, m, temperature, softcap, shift, inplace_backward)
-            for l, i, m in zip(logits, token_ids, mask if mask is not None else [None] * len(logits), strict=True)
+            token_stats(*rows, temperature, softcap, shift, inplace_backward)
+            for rows in zip(logits, token_ids, masks, strict=True)
         ]
-        fields = ([getattr(s, f) for s in slices] for f in ("logp", "entropy", "score_sqnorm", "lse"))
-        return TokenStats(*(torch.stack(f) for f in fields), shifted=shift)
+        return TokenStats(
+            logp=torch.stack([s.logp for s in slices]),
+            entropy=torch.stack([s.entropy for s in slices]),
+            score_sqnorm=torch.stack([s.score_sqnorm for s in slices]),
+            lse=torch.stack([s.lse for s in slices]),
+            shifted=shift,
+        )
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logp, entropy, score_sqnorm, lse = torch.ops.vcpo_kernels.token_stats(
         logits, token_ids, mask, temperature, softcap, shift, inplace
@@ -153,12 +158,8 @@ _BACKWARD = (
     "Tensor token_ids, Tensor? mask, Tensor logp, Tensor entropy, Tensor lse,"
     f" Tensor? grad_logp, Tensor? grad_entropy, {_PASS}"
 )
-LIBRARY.define(
-    f"token_stats_backward(Tensor logits, {_BACKWARD}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-LIBRARY.define(
-    f"token_stats_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
-)
+LIBRARY.define(f"token_stats_backward(Tensor logits, {_BACKWARD}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"token_stats_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _token_rows(value: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -253,9 +254,7 @@ def _stats_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _fake_forward(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty(token_ids.shape, dtype=_stats_dtype(logits), device=logits.device) for _ in range(4)
-    )
+    return tuple(torch.empty(token_ids.shape, dtype=_stats_dtype(logits), device=logits.device) for _ in range(4))
 
 
 def _fake_backward(logits: Tensor, *rest: Any) -> Tensor:
@@ -291,6 +290,4 @@ for _name, _implementation in (
 torch.library.register_fake(qualified("token_stats"), _fake_forward, lib=LIBRARY)
 torch.library.register_fake(qualified("token_stats_backward"), _fake_backward, lib=LIBRARY)
 torch.library.register_fake(qualified("token_stats_backward_"), lambda logits, *rest: None, lib=LIBRARY)
-torch.library.register_autograd(
-    qualified("token_stats"), _autograd, setup_context=_setup_context, lib=LIBRARY
-)
+torch.library.register_autograd(qualified("token_stats"), _autograd, setup_context=_setup_context, lib=LIBRARY)

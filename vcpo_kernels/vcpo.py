@@ -137,10 +137,14 @@ def vcpo_loss(
     where = "vcpo_loss"
     config = VCPOConfig() if config is None else config
     if not isinstance(config, VCPOConfig):
-        raise TypeError(f"{where}: config must be a VCPOConfig, got {_checks.describe(config)}. Make one: VCPOConfig(...).")
+        raise TypeError(
+            f"{where}: config must be a VCPOConfig, got {_checks.describe(config)}. Make one: VCPOConfig(...)."
+        )
     check_segments(where, segments)
     if not isinstance(stats, TokenStats):
-        raise TypeError(f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}.")
+        raise TypeError(
+            f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}."
+        )
     logp = segments.flat(where, "stats", stats.logp)
     _checks.tensor(where, "behavior_logp", behavior_logp, _checks.FLOAT_DTYPES)
     mu = segments.flat(where, "behavior_logp", behavior_logp).detach()
@@ -237,6 +241,4 @@ def _policy_loss_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 LIBRARY.impl("policy_loss", _policy_loss, "CompositeExplicitAutograd")
 torch.library.register_fake(qualified("policy_loss"), lambda logp, *rest: logp.new_empty(()), lib=LIBRARY)
-torch.library.register_autograd(
-    qualified("policy_loss"), _policy_loss_autograd, setup_context=_keep, lib=LIBRARY
-)
+torch.library.register_autograd(qualified("policy_loss"), _policy_loss_autograd, setup_context=_keep, lib=LIBRARY)

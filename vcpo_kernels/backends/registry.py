@@ -45,7 +45,7 @@ def native_problem() -> str | None:
     """None where the compiled extension loads, else why not."""
     try:
         importlib.import_module("vcpo_kernels._native")
-    except ImportError as error:
+    except Exception as error:  # an unfit library or a wrong VCPO_CPU_ISA raises other errors too
         return (
             f"the compiled extension vcpo_kernels._native does not load ({error}); "
             "install a C++ compiler and run `pip install .` in the source folder"
@@ -176,7 +176,7 @@ def use_backend(name: str) -> Iterator[None]:
     >>> stats.entropy
     tensor([1.3863, 1.3863])
     """
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"use_backend: name must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}.")
     _forced.append(name)
     try:

@@ -15,7 +15,10 @@ def _address(value: Tensor | None) -> int:
 
 
 def _rows(rows: Tensor) -> _native.Rows:
-    return _native.Rows(rows.data_ptr(), DTYPE_CODES[rows.dtype], *rows.shape, *rows.stride()[:2])
+    outer, inner, vocabulary = rows.shape
+    return _native.Rows(
+        rows.data_ptr(), DTYPE_CODES[rows.dtype], outer, inner, vocabulary, rows.stride(0), rows.stride(1)
+    )
 
 
 def forward(
@@ -34,7 +37,10 @@ def forward(
         _native.Tokens(token_ids.data_ptr(), _address(mask), shift),
         temperature,
         softcap or 0.0,
-        *(_address(t) for t in (logp, entropy, score_sqnorm, lse)),
+        logp.data_ptr(),
+        entropy.data_ptr(),
+        score_sqnorm.data_ptr(),
+        lse.data_ptr(),
         torch.get_num_threads(),
     )
     return logp, entropy, score_sqnorm, lse
@@ -58,11 +64,16 @@ def backward(
     """Writes every row of `out`."""
     _native.token_stats_backward(
         out.data_ptr(),
-        *out.stride()[:2],
+        out.stride(0),
+        out.stride(1),
         _rows(rows),
         _native.Tokens(token_ids.data_ptr(), _address(mask), shift),
         temperature,
         softcap or 0.0,
-        *(_address(t) for t in (logp, entropy, lse, grad_logp, grad_entropy)),
+        logp.data_ptr(),
+        entropy.data_ptr(),
+        lse.data_ptr(),
+        _address(grad_logp),
+        _address(grad_entropy),
         torch.get_num_threads(),
     )
