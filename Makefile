@@ -35,7 +35,7 @@ test-fast: setup
 
 test-triton: setup  ## triton kernels in the interpreter, and compiled ahead of time against the committed table
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m "not slow"
-	$(BIN)/python -m benchmarks.aot_triton --check
+	$(BIN)/python -m benchmarks.aot --check
 
 test-slow: setup  ## the tests marked slow
 	$(PYTEST) -m slow
@@ -59,7 +59,7 @@ format: setup  ## rewrite the sources in the house style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 aot: setup  ## compile every triton kernel ahead of time and rewrite the committed table
-	$(BIN)/python -m benchmarks.aot_triton
+	$(BIN)/python -m benchmarks.aot --write
 
 bench: setup  ## the comparison with eager torch and torch.compile on this machine
 	$(BIN)/python -m benchmarks.run

@@ -684,6 +684,21 @@ def test_a_broken_norm_of_a_dropped_sequence_is_no_error() -> None:
     assert out.metrics["nonfinite_sequences"] == 1
 
 
+def test_untruncated_weights_that_would_overflow_are_dropped_and_counted() -> None:
+    """max_weight=None at L = 200: exp would be inf, the loss NaN and every gradient with it."""
+    log_w = torch.tensor([0.0, 79.0, 81.0, 200.0])
+    logp = torch.zeros(4, 1, requires_grad=True)
+    stats = vk.TokenStats(logp, torch.zeros(4, 1), torch.ones(4, 1), torch.zeros(4, 1))
+    seg = vk.Segments.padded(torch.ones(4, 1))
+    out = vk.vcpo_loss(
+        stats, -log_w.unsqueeze(1), torch.tensor([1.0, 0.0, 1.0, 0.0]), 2, seg, vk.VCPOConfig(max_weight=None)
+    )
+    assert out.metrics["nonfinite_sequences"] == 2
+    assert out.coefficients[2:].tolist() == [0.0, 0.0]
+    out.loss.backward()
+    assert bool(logp.grad.isfinite().all())
+
+
 BAD_CONFIG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "max_weight zero": ({"max_weight": 0}, ValueError, "max_weight must be finite and > 0, got 0"),
     "max_weight negative": (

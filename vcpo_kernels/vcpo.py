@@ -25,7 +25,8 @@ from vcpo_kernels.weights import check_segments, usable
 class VCPOConfig:
     """Every switch of `vcpo_loss`. Defaults are the paper's.
 
-    max_weight: truncation of w_i in the loss, w^_i = min(w_i, max_weight); None: untruncated.
+    max_weight: truncation of w_i in the loss, w^_i = min(w_i, max_weight); None: untruncated (a w_i that would
+        overflow, L_i >= 80, then drops its sequence like +inf).
     baseline_weighting: "paper" 2 L_i + log n_i | "estimator" 2 log(k_i w^_i) + log n_i, which minimises the variance of the
         estimator really used | "official" 2 log w^_i + 2 L_i + log n_i, as the authors' code | "mean" the group mean |
         "length" weighted by |T_i| (OPO).

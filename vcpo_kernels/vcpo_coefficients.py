@@ -6,6 +6,7 @@ backward pass needs. `vcpo_loss` is its public face. On a GPU it is three launch
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +17,23 @@ from vcpo_kernels.backends import registry
 
 AGGREGATIONS = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean")
 
+# Without truncation, a weight above e^80 = 5e34 would overflow fp32 on its way to the gradient: its sequence is dropped and
+# counted like one whose L_i is +inf.
+UNTRUNCATED_LIMIT = 80.0
+
+
+def usable_below(max_weight: float | None) -> float:
+    """The L_i from which on a sequence takes no part in the loss."""
+    return UNTRUNCATED_LIMIT if max_weight is None else math.inf
+
+
 # Names of the metrics tensor's entries, in order.
 METRICS = (
     "ess",
     "ess_ratio",
     "num_sequences",  # with at least one valid token
     "num_tokens",  # valid ones
-    "nonfinite_sequences",  # dropped: L_i or the reward NaN, or L_i = +inf
+    "nonfinite_sequences",  # dropped: L_i or the reward NaN, or L_i = +inf (untruncated: above UNTRUNCATED_LIMIT)
     "truncated_fraction",  # of the sequences that take part, those with L_i > log max_weight
     "log_weight_mean",  # over the sequences that take part, as the next two
     "log_weight_max",

@@ -10,7 +10,7 @@ from torch import Tensor
 from vcpo_kernels import baselines, weights
 from vcpo_kernels.backends.reference import segment_sum
 from vcpo_kernels.segments import without_first
-from vcpo_kernels.vcpo_coefficients import SequenceResults
+from vcpo_kernels.vcpo_coefficients import SequenceResults, usable_below
 
 
 def aggregation_scale(
@@ -64,7 +64,13 @@ def forward(
         score_norms = total(token_scores)
     norms = score_norms.double()
     live = lengths > 0
-    ok = weights.usable(log_w, live) & rewards.isfinite() & (norms >= 0) & (norms < math.inf)
+    ok = (
+        weights.usable(log_w, live)
+        & (log_w < usable_below(max_weight))
+        & rewards.isfinite()
+        & (norms >= 0)
+        & (norms < math.inf)
+    )
     big_l = torch.where(ok, log_w.double(), -math.inf)
     clip = math.inf if max_weight is None else math.log(max_weight)
     clipped = big_l.clamp(max=clip)

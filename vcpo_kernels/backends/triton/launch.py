@@ -90,11 +90,14 @@ def access_elements(rows: Tensor) -> int:
 
 
 def vector_length(*rows: Tensor) -> int:
-    """Elements per access: 16 bytes' worth where each row of each tensor [O, I, V] starts on 16, else 1."""
+    """Elements per access: 16 bytes' worth where each row of each tensor [O, I, V] starts on 16, else 1.
+
+    Strides of dimensions of size 1 count too: a row alone is summed in the same order as in its batch, bit
+    for bit.
+    """
     width = access_elements(rows[0])
-    starts = (s for r in rows for s, n in zip(r.stride()[:2], r.shape[:2], strict=True) if n > 1)
-    aligned = all(r.data_ptr() % ACCESS_BYTES == 0 for r in rows) and all(s % width == 0 for s in starts)
-    return width if aligned else 1
+    aligned = all(r.data_ptr() % ACCESS_BYTES == 0 for r in rows)
+    return width if aligned and all(s % width == 0 for r in rows for s in r.stride()[:2]) else 1
 
 
 def as_bytes(mask: Tensor | None) -> Tensor | None:

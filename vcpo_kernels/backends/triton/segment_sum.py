@@ -1,4 +1,4 @@
-"""segment_sum on Triton: one program per sequence, accumulated in float64 in an order that its length fixes."""
+"""segment_sum on Triton: one program per sequence, float64 sums in an order that its length fixes."""
 
 from __future__ import annotations
 

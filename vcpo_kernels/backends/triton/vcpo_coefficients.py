@@ -19,7 +19,7 @@ from torch import Tensor
 from vcpo_kernels.backends.triton.group_advantages import INF, group_kernel, load64, log64
 from vcpo_kernels.backends.triton.launch import FUSION, as_bytes, launches, on_device_of
 from vcpo_kernels.backends.triton.segment_sum import segment_range, segment_tokens
-from vcpo_kernels.vcpo_coefficients import METRICS, SequenceResults
+from vcpo_kernels.vcpo_coefficients import METRICS, SequenceResults, usable_below
 
 # Positions in the metrics tensor (`vcpo_coefficients.METRICS`).
 (
@@ -56,6 +56,7 @@ def sequence_kernel(
     offsets_ptr,  # [B + 1] int64
     order_ptr,  # [N] int64, or None
     num_tokens,
+    usable_below,  # L_i from which on a sequence is dropped
     SKIP_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -80,7 +81,7 @@ def sequence_kernel(
     if score_norms_ptr is not None:
         squared_norm = tl.load(score_norms_ptr + sequence)
     reward = tl.load(rewards_ptr + sequence).to(tl.float32)
-    ok = (count > 0) & (total.to(tl.float32) < INF)
+    ok = (count > 0) & (total.to(tl.float32) < usable_below)
     ok = ok & (tl.abs(reward) < INF)
     ok = ok & (squared_norm >= 0.0) & (squared_norm.to(tl.float32) < INF)
     if group_ids_ptr is not None:
@@ -232,9 +233,7 @@ def forward(
         torch.empty(batch, dtype=logp.dtype, device=device) for _ in range(5)
     )
     baselines, metrics = (torch.empty(n, dtype=logp.dtype, device=device) for n in (num_groups, len(METRICS)))
-    moments, counts, group_squares = (
-        torch.empty(n, dtype=torch.float64, device=device) for n in (3, 2, num_groups)
-    )
+    moments, counts, group_squares = (torch.empty(n, dtype=torch.float64, device=device) for n in (3, 2, num_groups))
     ok, group_flags = (torch.empty(n, dtype=torch.uint8, device=device) for n in (batch, num_groups))
     logp, behavior_logp, rewards, offsets = (t.contiguous() for t in (logp, behavior_logp, rewards, offsets))
     token_scores, score_norms, group_ids, order = (
@@ -249,7 +248,7 @@ def forward(
             sequence_kernel[(batch,)](
                 log_w, lengths, norms, ok, advantages, coefficients,
                 logp, behavior_logp, token_scores if score_norms is None else None, score_norms, rewards,
-                group_ids, num_groups, as_bytes(mask), offsets, order, logp.numel(),
+                group_ids, num_groups, as_bytes(mask), offsets, order, logp.numel(), usable_below(max_weight),
                 SKIP_FIRST=skip_first and order is None, **options,
             )  # fmt: skip
         batch_kernel[(1,)](

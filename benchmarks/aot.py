@@ -1,0 +1,285 @@
+"""Compile every Triton kernel ahead of time, without a GPU, and hold the result against a committed table.
+
+    python -m benchmarks.aot            # compile, print, compare with benchmarks/results/aot_triton.json
+    python -m benchmarks.aot --check    # the same, and exit 1 where the comparison fails
+    python -m benchmarks.aot --write    # compile and replace the table
+
+Each kernel is compiled for sm_80, sm_90 and sm_100 at its table's launch parameters
+(`backends/triton/launch.py`), with the types and alignments that a launch on real tensors has. From the
+machine code come registers per thread, spills, static shared memory, and the widest access to global memory.
+The check fails on a spill, on row kernels without 128-bit loads and stores, and, with the triton version that
+wrote the table, on registers more than 10% above it. Nothing here runs on a GPU or says anything of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
+    sys.exit("benchmarks.aot compiles, so it cannot run under TRITON_INTERPRET: unset it for this command.")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vcpo_kernels.backends.triton import (
+    group_advantages,
+    segment_spread,
+    segment_sum,
+    token_stats,
+    vcpo_coefficients,
+)
+from vcpo_kernels.backends.triton.launch import ACCESS_BYTES, FUSION, RowLaunch, launches_for
+
+TABLE = Path(__file__).parent / "results" / "aot_triton.json"
+ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
+REGISTER_SLACK = 1.10
+ROW_TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel as one launch would compile it.
+
+    types: of the run-time arguments by name, "*bf16" a pointer, None an argument that is absent. constants:
+    constexprs. load_bits, store_bits: what its widest global access must be; 0: anything will do.
+    """
+
+    name: str
+    function: Any
+    types: dict[str, str | None]
+    constants: dict[str, Any]
+    num_warps: int
+    load_bits: int = 0
+    store_bits: int = 0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler made of a kernel. spills: local-memory instructions; *_bits: widest global access."""
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    load_bits: int
+    store_bits: int
+
+
+def row_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:
+    """token_stats, both passes, for every dtype; the variants that cost more once, in bf16."""
+    table = launches_for(capability)
+    for dtype in ROW_TYPES:
+        yield _forward(dtype, table.forward)
+        for entropy in (False, True):
+            yield _backward(dtype, table.backward, entropy)
+    yield _forward("bf16", table.forward_softcap, softcap=True)
+    yield _backward("bf16", table.backward, True, softcap=True)
+    yield _forward("bf16", table.forward, aligned=False)
+    yield _backward("bf16", table.backward, True, aligned=False)
+
+
+_ROW_INTEGERS = (
+    "inner",
+    "vocabulary",
+    "outer_stride",
+    "inner_stride",
+    "out_outer_stride",
+    "out_inner_stride",
+    "shift",
+)
+
+
+def _row_bits(aligned: bool) -> int:
+    return 8 * ACCESS_BYTES if aligned else 0
+
+
+def _row_constants(dtype: str, launch: RowLaunch, aligned: bool) -> dict[str, int]:
+    width = ACCESS_BYTES // ROW_TYPES[dtype]
+    vec = width if aligned else 1
+    return {"VEC": vec, "VECTORS": launch.vectors * width // vec, "LANES": launch.lanes}
+
+
+def _forward(dtype: str, launch: RowLaunch, softcap: bool = False, aligned: bool = True) -> Kernel:
+    outputs = ("logp_ptr", "entropy_ptr", "score_ptr", "lse_ptr")
+    types: dict[str, str | None] = {"rows_ptr": f"*{dtype}", "ids_ptr": "*i64", "mask_ptr": "*u8"}
+    types |= dict.fromkeys(outputs, "*fp32") | dict.fromkeys(_ROW_INTEGERS, "i32")
+    types |= {"temperature": "fp32", "softcap": "fp32" if softcap else None}
+    name = f"token_stats.forward[{dtype}{', softcap' * softcap}{', unaligned' * (not aligned)}]"
+    constants = _row_constants(dtype, launch, aligned)
+    return Kernel(name, token_stats.forward_kernel, types, constants, launch.num_warps, _row_bits(aligned))
+
+
+def _backward(dtype: str, launch: RowLaunch, entropy: bool, softcap: bool = False, aligned: bool = True) -> Kernel:
+    inputs = ("logp_ptr", "entropy_ptr", "lse_ptr", "grad_logp_ptr")
+    types: dict[str, str | None] = {
+        "out_ptr": f"*{dtype}",
+        "rows_ptr": f"*{dtype}",
+        "ids_ptr": "*i64",
+        "mask_ptr": "*u8",
+    }
+    types |= dict.fromkeys(inputs, "*fp32") | {"grad_entropy_ptr": "*fp32" if entropy else None}
+    types |= dict.fromkeys(_ROW_INTEGERS, "i32") | {
+        "temperature": "fp32",
+        "softcap": "fp32" if softcap else None,
+    }
+    variant = f"{', entropy' * entropy}{', softcap' * softcap}{', unaligned' * (not aligned)}"
+    constants = _row_constants(dtype, launch, aligned)
+    name, bits = f"token_stats.backward[{dtype}{variant}]", _row_bits(aligned)
+    return Kernel(name, token_stats.backward_kernel, types, constants, launch.num_warps, bits, bits)
+
+
+def sequence_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:
+    """Everything of sequence size, with every optional tensor; fp32 whatever the logits are."""
+    launch = launches_for(capability).sequence
+    types: dict[str, str | None] = {}
+    types |= dict.fromkeys(_SEQUENCE_FP32, "*fp32") | dict.fromkeys(_SEQUENCE_INTEGERS, "i32")
+    types |= dict.fromkeys(("mask_ptr", "ok_ptr", "group_flags_ptr"), "*u8")
+    types |= dict.fromkeys(("offsets_ptr", "order_ptr", "group_ids_ptr"), "*i64")
+    types |= dict.fromkeys(("moments_ptr", "counts_ptr", "group_squares_ptr"), "*fp64")
+    types |= dict.fromkeys(("max_weight", "ess_max_weight", "num_sequences", "max_tokens", "usable_below"), "fp32")
+    constants: dict[str, Any] = {"BLOCK": launch.block, "SKIP_FIRST": True, "NORMALIZE": True}
+    constants |= {"WEIGHTING": "estimator", "AGGREGATION": "seq-mean-token-mean"}
+    for name, function in (
+        ("segment_sum", segment_sum.segment_sum_kernel),
+        ("segment_spread", segment_spread.segment_spread_kernel),
+        ("vcpo_coefficients.sequence", vcpo_coefficients.sequence_kernel),
+        ("vcpo_coefficients.batch", vcpo_coefficients.batch_kernel),
+        ("vcpo_coefficients.group", group_advantages.group_kernel),
+        ("vcpo_coefficients.metrics", vcpo_coefficients.metrics_kernel),
+    ):
+        # The same name is a count of tokens in one kernel and the aggregation's float divisor in the other.
+        own = types | {"num_tokens": "fp32" if name.endswith("batch") else "i32"}
+        yield Kernel(name, function, own, constants, launch.num_warps)
+
+
+_SEQUENCE_INTEGERS = ("num_groups", "batch", "group_size")
+_SEQUENCE_FP32 = tuple(
+    f"{name}_ptr"
+    for name in (
+        "total", "values", "tokens", "per_sequence", "log_w", "lengths", "norms", "advantages",
+        "coefficients", "logp", "behavior", "scores", "score_norms", "rewards", "metrics", "baselines",
+    )
+)  # fmt: skip
+
+
+def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> tuple[bytes, int]:
+    """The kernel's cubin for an architecture, and the dynamic shared memory that a launch asks for."""
+    arguments = kernel.function.arg_names
+    given = {n: kernel.types[n] for n in arguments if kernel.types.get(n) is not None}
+    signature = {n: given.get(n) or "constexpr" for n in arguments}
+    constants = {n: kernel.constants.get(n) for n in arguments if n not in given}
+    # PyTorch allocates on 512 bytes, so that every pointer of a launch is specialised on 16.
+    aligned = {(arguments.index(n),): [["tt.divisibility", 16]] for n, t in given.items() if t and t[0] == "*"}
+    source = ASTSource(kernel.function, signature, constants, aligned)
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": FUSION}
+    compiled = triton.compile(source, target=target, options=options)
+    cubin: bytes = compiled.asm["cubin"]
+    return cubin, compiled.metadata.shared
+
+
+def resources(cubin: bytes, dynamic_shared: int) -> Resources:
+    """Read off the machine code, by the tools that triton brings."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        sass = _output(tools / "nvdisasm", "-c", "-ndf", file.name)  # ndf: no dataflow analysis, half the time
+    registers, static_shared = (int(re.findall(rf"\b{what}:(\d+)", usage)[0]) for what in ("REG", "SHARED"))
+    return Resources(
+        registers=registers,
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared_bytes=static_shared + dynamic_shared,
+        load_bits=_widest(sass, "LDG"),
+        store_bits=_widest(sass, "STG"),
+    )
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _widest(sass: str, instruction: str) -> int:
+    """Bits of the widest access; one without a width in its name moves 32."""
+    suffixes = re.findall(rf"\b{instruction}((?:\.\w+)*)", sass)
+    bits = (re.search(r"\.(?:[US])?(8|16|64|128|256)\b", s) for s in suffixes)
+    return max((int(b[1]) if b else 32 for b in bits), default=0)
+
+
+def measure() -> dict[str, Any]:
+    """The whole table: triton's version, and each architecture's kernels by name."""
+    kernels: dict[str, dict[str, dict[str, int]]] = {}
+    for architecture, capability in ARCHITECTURES.items():
+        rows = {}
+        for kernel in (*row_kernels(capability), *sequence_kernels(capability)):
+            rows[kernel.name] = asdict(resources(*compile_kernel(kernel, capability)))
+        kernels[architecture] = rows
+    return {"triton": triton.__version__, "kernels": kernels}
+
+
+def complaints(fresh: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """Everything about a fresh table that should fail the build.
+
+    Registers depend on the compiler, so only one version's are compared; spills and widths must be right
+    under any.
+    """
+    found = []
+    for architecture, capability in ARCHITECTURES.items():
+        for kernel in (*row_kernels(capability), *sequence_kernels(capability)):
+            where, now = f"{architecture} {kernel.name}", fresh["kernels"][architecture][kernel.name]
+            before = committed["kernels"].get(architecture, {}).get(kernel.name)
+            if now["spills"]:
+                found.append(f"{where}: {now['spills']} spill instructions, 0 wanted")
+            for access in ("load_bits", "store_bits"):
+                if now[access] < getattr(kernel, access):
+                    found.append(f"{where}: {access} is {now[access]}, {getattr(kernel, access)} wanted")
+            if before is None:
+                found.append(f"{where}: not in {TABLE.name}; run with --write")
+            elif fresh["triton"] == committed["triton"]:
+                allowed = REGISTER_SLACK * before["registers"]
+                if now["registers"] > allowed:
+                    found.append(f"{where}: {now['registers']} registers, was {before['registers']}")
+    return found
+
+
+def report(table: dict[str, Any]) -> str:
+    """The table as text."""
+    lines = [f"triton {table['triton']}", f"{'':52}  regs  spills  shared  load  store"]
+    for architecture, rows in table["kernels"].items():
+        for name, r in rows.items():
+            numbers = f"{r['registers']:6}{r['spills']:8}{r['shared_bytes']:8}{r['load_bits']:6}{r['store_bits']:7}"
+            lines.append(f"{architecture + ' ' + name:52}{numbers}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 where a kernel is worse than the committed table")
+    parser.add_argument("--write", action="store_true", help="replace the committed table")
+    options = parser.parse_args()
+    fresh = measure()
+    print(report(fresh))
+    if options.write:
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(json.dumps(fresh, indent=1, sort_keys=True) + "\n")
+    committed = json.loads(TABLE.read_text())
+    found = complaints(fresh, committed)
+    same = "registers compared" if fresh["triton"] == committed["triton"] else "another triton: registers not compared"
+    print(f"\nagainst {TABLE.name} (triton {committed['triton']}, {same}): {len(found)} complaints")
+    print("\n".join(found))
+    return 1 if options.check and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

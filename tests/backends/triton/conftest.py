@@ -1,0 +1,25 @@
+"""Where these tests run: on the GPU where there is one, else on CPU tensors under triton's interpreter.
+
+Triton decides at import whether it interprets, for the whole process, so on a machine without a GPU they need
+a pytest of their own: TRITON_INTERPRET=1 python -m pytest tests/backends/triton
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vcpo_kernels.backends import registry
+
+
+@pytest.fixture(autouse=True)
+def device() -> torch.device:
+    """Where the tensors of a test live."""
+    problem = registry.triton_problem()
+    if problem is not None:
+        pytest.skip(problem)
+    if registry.triton_interpreted():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU, and not under the interpreter: TRITON_INTERPRET=1 python -m pytest tests/backends/triton")
+    return torch.device("cuda")
