@@ -49,13 +49,15 @@ Entry entry_of(const Rows& rows, const Tokens& tokens, std::int64_t o, std::int6
   return {at, predicted && (tokens.mask == nullptr || tokens.mask[at] != 0)};
 }
 
-// Rows over threads. Dynamic, because masked rows cost nothing; in chunks of some 64 KiB, so that narrow rows do not
-// pay for the scheduling. A row's result never depends on the chunk it is in.
+// Rows over threads, in chunks of consecutive rows. Dynamic, because masked rows cost nothing. A row's result never
+// depends on the chunk it is in.
+constexpr std::int64_t kSmallChunk = 64 << 10;  // bytes: narrow rows must not pay for the scheduling
+
 template <class Work>
-void for_each_row(const Rows& rows, int threads, const Work& work) {
+void for_each_row(const Rows& rows, int threads, std::int64_t chunk_bytes, const Work& work) {
   const std::int64_t count = rows.outer * rows.inner;
   const std::int64_t row_bytes = std::max<std::int64_t>(1, rows.vocabulary * bytes_of(rows.dtype));
-  const std::int64_t chunk = std::max<std::int64_t>(1, (64 << 10) / row_bytes);
+  const std::int64_t chunk = std::max<std::int64_t>(1, chunk_bytes / row_bytes);
   const std::int64_t chunks = (count + chunk - 1) / chunk;
 #pragma omp parallel num_threads(threads) if (threads > 1 && chunks > 1)
   {
@@ -108,7 +110,7 @@ void token_stats_forward(const Rows& rows, const Tokens& tokens, const Scaling& 
                          float* score_sqnorm, float* lse, int threads) {
   const ForwardRow forward = kernels().forward[static_cast<int>(rows.dtype)];
   const RowScale scale = row_scale(scaling);
-  for_each_row(rows, threads, [&](std::int64_t o, std::int64_t i) {
+  for_each_row(rows, threads, kSmallChunk, [&](std::int64_t o, std::int64_t i) {
     const Entry entry = entry_of(rows, tokens, o, i);
     RowStatistics stats{0.0f, 0.0f, 0.0f, 0.0f};
     if (entry.live) {
@@ -130,14 +132,20 @@ void token_stats_backward(void* out, std::int64_t out_stride_outer, std::int64_t
   const BackwardRow backward = kernels().backward[static_cast<int>(rows.dtype)];
   const RowScale scale = row_scale(scaling);
   const std::int64_t row_bytes = rows.vocabulary * bytes_of(rows.dtype);
-  // Around the cache, where the gradient is too large to be in it when it is next read: a cached store of a line that
-  // is not there reads it first, a third of the backward's traffic. In place the line is there already.
-  constexpr std::int64_t kStreamFrom = 8 << 20;
+  // A gradient too large to be in the cache when it is next read is written around it, since a cached store of a line
+  // that is not there reads it first: a third of the traffic. Not so in place, nor in fresh memory, whose lines the
+  // system has just zeroed in the cache; there, threads stay apart by whole huge pages, which both would zero
+  // otherwise.
+  constexpr std::int64_t kLarge = 8 << 20;
   const std::int64_t total_bytes = rows.outer * rows.inner * row_bytes;
-  const bool stream = out != rows.data && total_bytes >= kStreamFrom;
   const bool dense = out_stride_inner == rows.vocabulary && out_stride_outer == rows.inner * rows.vocabulary;
-  if (stream && dense) prefer_huge_pages(out, static_cast<std::size_t>(total_bytes));
-  for_each_row(rows, threads, [&](std::int64_t o, std::int64_t i) {
+  const bool large = out != rows.data && total_bytes >= kLarge;
+  const bool fresh = large && dense && prepare_if_fresh(out, static_cast<std::size_t>(total_bytes));
+  const bool stream = large && !fresh;
+  const std::int64_t balanced = total_bytes / (8 * std::max(threads, 1));
+  const std::int64_t chunk_bytes =
+      fresh ? std::max(kSmallChunk, std::min<std::int64_t>(2 * kHugePage, balanced)) : kSmallChunk;
+  for_each_row(rows, threads, chunk_bytes, [&](std::int64_t o, std::int64_t i) {
     const Entry entry = entry_of(rows, tokens, o, i);
     char* d = static_cast<char*>(out) + (o * out_stride_outer + i * out_stride_inner) * bytes_of(rows.dtype);
     const float g = entry.live && grad_logp != nullptr ? grad_logp[entry.at] : 0.0f;
