@@ -51,6 +51,7 @@ lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m benchmarks.figures --check
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: setup  ## rewrite the sources in the house style

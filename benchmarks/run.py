@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 ERROR_BOUND = {FORWARD: 2e-6, BACKWARD: 4e-3}
 
 app = typer.Typer(add_completion=False)
-console = Console()
+console = Console(width=120)
 
 
 def device_slug(device: torch.device) -> str:
@@ -141,32 +142,35 @@ def run_layouts(x: Inputs, watch: Stopwatch) -> list[dict[str, Any]]:
     """Views against contiguous copies of the same rows."""
     rows = []
     for name, view, copied in layouts(x):
-        for logits, label in ((view.logits, name), (copied.logits, f"{name}, contiguous")):
-            ids = view.token_ids
-
-            def forward(logits: torch.Tensor = logits, ids: torch.Tensor = ids) -> object:
-                with torch.no_grad():
-                    return vk.token_stats(logits, ids)
-
-            timing = watch.measure(forward)
+        calls = [functools.partial(_forward, logits, view.token_ids) for logits in (view.logits, copied.logits)]
+        timings = watch.measure_in_turn(calls)
+        for label, call, timing in zip((name, f"{name}, contiguous"), calls, timings, strict=True):
             rows.append(
                 {
                     "name": label,
                     "work": "layout",
                     "median_ms": round(timing.median_ms, 3),
-                    "peak_extra_mib": peak_extra_mib(watch.device, forward),
+                    "fastest_ms": round(timing.fastest_ms, 3),
+                    "peak_extra_mib": peak_extra_mib(watch.device, call),
                     "repeats": timing.repeats,
                 }
             )
     return rows
 
 
+@torch.no_grad()
+def _forward(logits: torch.Tensor, token_ids: torch.Tensor) -> vk.TokenStats:
+    return vk.token_stats(logits, token_ids)
+
+
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     """The results as people read them."""
     out = Table(title=title)
     columns = ("work", "name", "median_ms", "gb_per_s", "fraction_of_copy", "peak_extra_mib", "max_error")
-    for column in columns:
-        out.add_column(column, justify="left" if column in ("work", "name") else "right")
+    titles = ("work", "name", "ms", "GB/s", "of copy", "extra MiB", "error")
+    for column, heading in zip(columns, titles, strict=True):
+        text = column in ("work", "name")
+        out.add_column(heading, justify="left" if text else "right", no_wrap=not text)
     for row in rows:
         cells = [row.get(c) for c in columns]
         out.add_row(*("" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +33,17 @@ class Stopwatch:
         self.repeats = repeats
         self._flush = torch.zeros(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
-    def measure(self, call: Callable[[], object], warmup: int = 2) -> Timing:
-        """Median of `repeats` calls after `warmup`, with the cache flushed before each."""
-        for _ in range(warmup):
+    def measure(self, call: Callable[[], object]) -> Timing:
+        """Median of `repeats` calls after two that do not count, with the cache flushed before each."""
+        return self.measure_in_turn([call])[0]
+
+    def measure_in_turn(self, calls: Sequence[Callable[[], object]]) -> list[Timing]:
+        """As `measure`, one call of each in turn, so that a machine's slow spells fall on all alike."""
+        for call in calls:
             call()
-        times = [self._once(call) for _ in range(self.repeats)]
-        return Timing(statistics.median(times), min(times), max(times), self.repeats)
+            call()
+        rounds = [[self._once(call) for call in calls] for _ in range(self.repeats)]
+        return [Timing(statistics.median(t), min(t), max(t), self.repeats) for t in zip(*rounds, strict=True)]
 
     def _once(self, call: Callable[[], object]) -> float:
         self._flush.add_(1)

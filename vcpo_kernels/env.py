@@ -18,7 +18,7 @@ import torch
 from vcpo_kernels import _version
 from vcpo_kernels.backends import registry
 
-VARIABLES = ("VCPO_CPU_ISA", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+VARIABLES = ("VCPO_CPU_ISA", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GLIBC_TUNABLES")
 
 
 def guarded(probe: Callable[[], str]) -> str:

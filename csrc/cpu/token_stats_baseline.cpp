@@ -1,6 +1,10 @@
 // The portable variant of token_stats's row kernels, at the compiler's default instruction set.
 #include "token_stats.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

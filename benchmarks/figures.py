@@ -1,0 +1,135 @@
+"""The README's tables and pictures, made from the committed result files and nothing else: `make figures`.
+
+    python -m benchmarks.figures [--check]
+
+--check changes nothing and fails where the README does not hold what the results say.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RESULTS = Path("benchmarks/results")
+README = Path("README.md")
+# README part -> folder of RESULTS. "kept memory": glibc told by GLIBC_TUNABLES (mmap_threshold, trim_threshold) to keep what
+# is freed, so that nobody pays for fresh pages.
+TABLES = {
+    "token_stats": "intel-r-xeon-r-processor-2-50ghz",
+    "token_stats_kept_memory": "intel-r-xeon-r-processor-2-50ghz-kept-memory",
+}
+PICTURE = Path("docs/figures/stability.png")
+LAG, RATES = "32", ("0.0001", "0.0003", "0.001")
+COLORS = {"seq-tis": "#d1495b", "vcpo": "#0b6ecf"}
+TITLES = {"seq-tis": "sequence truncated IS", "vcpo": "VCPO"}
+
+app = typer.Typer(add_completion=False)
+
+
+def token_stats_table(folder: Path) -> str:
+    """Milliseconds and factors of one machine's run, as Markdown. Where memory is kept, what a call adds says nothing."""
+    kept = folder.name.endswith("kept-memory")
+    rows = [json.loads(line) for line in (folder / "token_stats.jsonl").read_text().splitlines()]
+    environment = dict(line.split(": ", 1) for line in (folder / "environment.txt").read_text().splitlines())
+    first = next(r for r in rows if r["work"] == "forward")
+    lines = [
+        f"N={first['rows']} tokens, V={first['vocabulary']}, {first['dtype']}, {first['threads']} threads, "
+        f"medians of {first['repeats']}; {environment['cpu'].split(',')[0]}, torch {first['torch']}.",
+        "",
+        "| work | | ms | times faster with vcpo_kernels |" + " memory beyond inputs, MiB |" * (not kept),
+        "|---|---|---:|---:|" + "---:|" * (not kept),
+    ]
+    for work in ("forward", "forward + backward"):
+        of_work = [r for r in rows if r["work"] == work]
+        ours = next(r for r in of_work if r["name"] == "vcpo_kernels")["median_ms"]
+        for r in of_work:
+            factor = "" if r["name"].startswith("vcpo_kernels") else f"{r['median_ms'] / ours:.1f}"
+            memory = "" if r["peak_extra_mib"] is None else f"{r['peak_extra_mib']:.0f}"
+            lines.append(f"| {work} | {r['name']} | {r['median_ms']:.1f} | {factor} |" + f" {memory} |" * (not kept))
+    return "\n".join(lines)
+
+
+def lab_rows() -> list[dict[str, str]]:
+    """The lab's runs at the README's lag."""
+    with open(RESULTS / "async_lab.csv", newline="") as file:
+        return [r for r in csv.DictReader(file) if r["lag"] == LAG]
+
+
+def lab_table() -> str:
+    """Final accuracy by method and rate, mean (each seed), as Markdown."""
+    final: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for r in sorted(lab_rows(), key=lambda r: int(r["seed"])):
+        final[r["method"], r["rate"]].append(float(r["final_accuracy"]))
+    methods = [m for m in ("none", "token-tis", "seq-tis", "ess", "opob", "vcpo") if any(k[0] == m for k in final)]
+    lines = [f"| method | {' | '.join(RATES)} |", "|---|" + "---|" * len(RATES)]
+    for method in methods:
+        cells = []
+        for rate in RATES:
+            values = final[method, rate]
+            cells.append(f"{sum(values) / len(values):.2f} ({' '.join(f'{v:.2f}' for v in values)})" if values else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_stability(path: Path) -> None:
+    """Accuracy over steps at three learning rates, each seed a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(RATES), figsize=(10, 2.9), sharey=True)
+    runs: list[dict[str, Any]] = [r for r in lab_rows() if r["method"] in COLORS]
+    for axis, rate in zip(axes, RATES, strict=True):
+        for r in (r for r in runs if r["rate"] == rate):
+            curve = [float(v) for v in r["accuracy_curve"].split()]
+            steps = [int(r["steps"]) * i / (len(curve) - 1) for i in range(len(curve))]
+            label = TITLES[r["method"]] if r["seed"] == "0" else None
+            axis.plot(steps, curve, color=COLORS[r["method"]], linewidth=1.8, label=label)
+        axis.axhline(float(runs[0]["start_accuracy"]), color="#8a94a6", linewidth=0.8, linestyle="--")
+        axis.set_title(f"learning rate {rate}", fontsize=10)
+        axis.set_xlabel("learner step", fontsize=9)
+        axis.set_ylim(0, 1)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("held-out accuracy", fontsize=9)
+    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
+    figure.suptitle(f"Training on rollouts {LAG} steps stale (sorting 12 digits, two seeds)", fontsize=11)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def filled(text: str, parts: dict[str, str]) -> str:
+    """README text with each `<!-- name -->` ... `<!-- /name -->` replaced by its part."""
+    for name, part in parts.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise typer.BadParameter(f"README.md has no <!-- {name} --> part")
+        text = pattern.sub(lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text)  # type: ignore[misc]
+    return text
+
+
+@app.command()
+def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = False) -> None:
+    """Fill the README from the results, and draw its picture."""
+    parts = {"async_lab": lab_table()}
+    parts |= {name: token_stats_table(RESULTS / folder) for name, folder in TABLES.items()}
+    wanted = filled(README.read_text(), parts)
+    if check:
+        if wanted != README.read_text():
+            raise SystemExit("README.md does not hold what benchmarks/results says; run `make figures`.")
+        return
+    README.write_text(wanted)
+    draw_stability(PICTURE)
+
+
+if __name__ == "__main__":
+    app()
