@@ -30,7 +30,7 @@ demo: setup  ## asynchronous RL, with and without VCPO, side by side (about 2 mi
 test: setup test-fast test-triton sanitize  ## the whole suite but for the slow tests
 
 test-fast: setup
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --ignore=tests/backends/triton
 	$(PYTEST) --doctest-modules vcpo_kernels --ignore=vcpo_kernels/backends/triton
 
 test-triton: setup  ## triton kernels in the interpreter, and compiled ahead of time against the committed table
