@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+import vcpo_kernels as vk
 from vcpo_kernels.backends import registry
 
 
@@ -45,3 +46,19 @@ def native() -> Iterator[object]:
     before = _native.isa_chosen()
     yield _native
     _native.isa_choose(before)
+
+
+IMPLEMENTATIONS = ("reference", "native:baseline", "native:avx2", "native:avx512")
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every backend that runs on a CPU, the native one in each instruction set that this machine has."""
+    name, _, isa = request.param.partition(":")
+    if isa:
+        native = request.getfixturevalue("native")
+        if isa not in native.isa_available():
+            pytest.skip(f"this CPU has no {isa}")
+        native.isa_choose(isa)
+    with vk.use_backend(name):
+        yield name
