@@ -1,8 +1,8 @@
-"""The README's tables and pictures, made from the committed result files and nothing else: `make figures`.
+"""The tables and pictures of the README and docs, made from the committed result files and nothing else: `make figures`.
 
     python -m benchmarks.figures [--check]
 
---check changes nothing and fails where the README does not hold what the results say.
+--check changes nothing and fails where a page does not hold what the results say.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Annotated, Any
 import typer
 
 RESULTS = Path("benchmarks/results")
-README = Path("README.md")
-# README part -> folder of RESULTS. "kept memory": glibc told by GLIBC_TUNABLES (mmap_threshold, trim_threshold) to keep what
-# is freed, so that nobody pays for fresh pages.
+README, LAB = Path("README.md"), Path("docs/async_lab.md")
+# Part of the README -> folder of RESULTS. "kept memory": glibc told by GLIBC_TUNABLES (mmap_threshold, trim_threshold) to
+# keep what is freed, so that nobody pays for fresh pages.
 TABLES = {
     "token_stats": "intel-r-xeon-r-processor-2-50ghz",
     "token_stats_kept_memory": "intel-r-xeon-r-processor-2-50ghz-kept-memory",
 }
 PICTURE = Path("docs/figures/stability.png")
-LAG, RATES = "32", ("0.0001", "0.0003", "0.001")
+LAGS, LAG, RATES = ("8", "32", "128"), "32", ("0.0001", "0.0003", "0.001")
 COLORS = {"seq-tis": "#d1495b", "vcpo": "#0b6ecf"}
 TITLES = {"seq-tis": "sequence truncated IS", "vcpo": "VCPO"}
 
@@ -55,16 +55,16 @@ def token_stats_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def lab_rows() -> list[dict[str, str]]:
-    """The lab's runs at the README's lag."""
+def lab_rows(lag: str) -> list[dict[str, str]]:
+    """The lab's runs at one lag."""
     with open(RESULTS / "async_lab.csv", newline="") as file:
-        return [r for r in csv.DictReader(file) if r["lag"] == LAG]
+        return [r for r in csv.DictReader(file) if r["lag"] == lag]
 
 
-def lab_table() -> str:
+def lab_table(lag: str) -> str:
     """Final accuracy by method and rate, mean (each seed), as Markdown."""
     final: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for r in sorted(lab_rows(), key=lambda r: int(r["seed"])):
+    for r in sorted(lab_rows(lag), key=lambda r: int(r["seed"])):
         final[r["method"], r["rate"]].append(float(r["final_accuracy"]))
     methods = [m for m in ("none", "token-tis", "seq-tis", "ess", "opob", "vcpo") if any(k[0] == m for k in final)]
     lines = [f"| method | {' | '.join(RATES)} |", "|---|" + "---|" * len(RATES)]
@@ -72,7 +72,9 @@ def lab_table() -> str:
         cells = []
         for rate in RATES:
             values = final[method, rate]
-            cells.append(f"{sum(values) / len(values):.2f} ({' '.join(f'{v:.2f}' for v in values)})" if values else "")
+            cells.append(
+                f"{sum(values) / len(values):.2f} ({' '.join(f'{v:.2f}' for v in values)})" if values else "not run"
+            )
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -85,7 +87,7 @@ def draw_stability(path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(RATES), figsize=(10, 2.9), sharey=True)
-    runs: list[dict[str, Any]] = [r for r in lab_rows() if r["method"] in COLORS]
+    runs: list[dict[str, Any]] = [r for r in lab_rows(LAG) if r["method"] in COLORS]
     for axis, rate in zip(axes, RATES, strict=True):
         for r in (r for r in runs if r["rate"] == rate):
             curve = [float(v) for v in r["accuracy_curve"].split()]
@@ -108,26 +110,30 @@ def draw_stability(path: Path) -> None:
 
 
 def filled(text: str, parts: dict[str, str]) -> str:
-    """README text with each `<!-- name -->` ... `<!-- /name -->` replaced by its part."""
+    """Markdown with each `<!-- name -->` ... `<!-- /name -->` replaced by its part."""
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise typer.BadParameter(f"README.md has no <!-- {name} --> part")
+            raise typer.BadParameter(f"no <!-- {name} --> part to fill")
         text = pattern.sub(lambda m, part=part: f"{m[1]}{part}\n{m[2]}", text)  # type: ignore[misc]
     return text
 
 
 @app.command()
 def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = False) -> None:
-    """Fill the README from the results, and draw its picture."""
-    parts = {"async_lab": lab_table()}
-    parts |= {name: token_stats_table(RESULTS / folder) for name, folder in TABLES.items()}
-    wanted = filled(README.read_text(), parts)
+    """Fill the pages from the results, and draw the README's picture."""
+    tables = {name: token_stats_table(RESULTS / folder) for name, folder in TABLES.items()}
+    pages = {
+        README: filled(README.read_text(), {"async_lab": lab_table(LAG), **tables}),
+        LAB: filled(LAB.read_text(), {f"lag {lag}": lab_table(lag) for lag in LAGS}),
+    }
     if check:
-        if wanted != README.read_text():
-            raise SystemExit("README.md does not hold what benchmarks/results says; run `make figures`.")
+        for path, wanted in pages.items():
+            if wanted != path.read_text():
+                raise SystemExit(f"{path} does not hold what benchmarks/results says; run `make figures`.")
         return
-    README.write_text(wanted)
+    for path, wanted in pages.items():
+        path.write_text(wanted)
     draw_stability(PICTURE)
 
 
