@@ -255,7 +255,7 @@ def test_opcheck_policy_loss(kind: str) -> None:
     )
 
 
-def compiled_equals_eager(backend: str, kind: str, shift: bool, dynamic: bool | None = None) -> None:
+def check_compiled_equals_eager(backend: str, kind: str, shift: bool, dynamic: bool | None = None) -> None:
     # Two lengths: the second call may recompile once, and must be right too.
     def step(logits: Tensor, token_ids: Tensor, mu: Tensor, rewards: Tensor, seg: Any, groups: Any) -> Any:
         segments = vk.Segments.padded(seg) if kind == "padded" else seg
@@ -284,10 +284,10 @@ def compiled_equals_eager(backend: str, kind: str, shift: bool, dynamic: bool | 
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_compiled_without_graph_breaks_equals_eager(kind: str, shift: bool) -> None:
     """token_stats -> vcpo_loss -> backward under torch.compile(fullgraph=True)."""
-    compiled_equals_eager("aot_eager", kind, shift)
+    check_compiled_equals_eager("aot_eager", kind, shift)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_inductor_equals_eager(dynamic: bool | None) -> None:
-    compiled_equals_eager("inductor", "padded", True, dynamic)
+    check_compiled_equals_eager("inductor", "padded", True, dynamic)
