@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/score_rows.h"
 #include "cpu/token_stats.h"
 
 namespace py = pybind11;
@@ -32,6 +34,11 @@ struct RowsArgument : vcpo::Rows {
     if (dtype < 0 || dtype > 2) throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)");
     if (outer < 0 || inner < 0 || vocabulary < 1) throw std::invalid_argument("sizes must be >= 0, vocabulary >= 1");
   }
+};
+
+struct OutputArgument : vcpo::Output {
+  OutputArgument(std::uintptr_t data, std::int64_t stride_outer, std::int64_t stride_inner)
+      : vcpo::Output{pointer<void>(data), stride_outer, stride_inner} {}
 };
 
 struct TokensArgument : vcpo::Tokens {
@@ -65,6 +72,10 @@ PYBIND11_MODULE(_native, m) {
   py::class_<TokensArgument>(m, "Tokens")
       .def(py::init<std::uintptr_t, std::uintptr_t, bool>(), py::arg("ids"), py::arg("mask"), py::arg("shift"));
 
+  py::class_<OutputArgument>(m, "Output")
+      .def(py::init<std::uintptr_t, std::int64_t, std::int64_t>(), py::arg("data"), py::arg("stride_outer"),
+           py::arg("stride_inner"));
+
   m.def(
       "token_stats_forward",
       [](const RowsArgument& rows, const TokensArgument& tokens, float temperature, float softcap, std::uintptr_t logp,
@@ -78,16 +89,35 @@ PYBIND11_MODULE(_native, m) {
 
   m.def(
       "token_stats_backward",
-      [](std::uintptr_t out, std::int64_t out_stride_outer, std::int64_t out_stride_inner, const RowsArgument& rows,
-         const TokensArgument& tokens, float temperature, float softcap, std::uintptr_t logp, std::uintptr_t entropy,
-         std::uintptr_t lse, std::uintptr_t grad_logp, std::uintptr_t grad_entropy, int threads) {
+      [](const OutputArgument& out, const RowsArgument& rows, const TokensArgument& tokens, float temperature,
+         float softcap, std::uintptr_t logp, std::uintptr_t entropy, std::uintptr_t lse, std::uintptr_t grad_logp,
+         std::uintptr_t grad_entropy, std::uintptr_t target_logits, int threads) {
         const py::gil_scoped_release release;
-        vcpo::token_stats_backward(pointer<void>(out), out_stride_outer, out_stride_inner, rows, tokens,
-                                   {temperature, softcap}, pointer<const float>(logp), pointer<const float>(entropy),
-                                   pointer<const float>(lse), pointer<const float>(grad_logp),
-                                   pointer<const float>(grad_entropy), threads);
+        vcpo::token_stats_backward(out, rows, tokens, {temperature, softcap}, pointer<const float>(logp),
+                                   pointer<const float>(entropy), pointer<const float>(lse),
+                                   pointer<const float>(grad_logp), pointer<const float>(grad_entropy),
+                                   pointer<const float>(target_logits), threads);
       },
-      py::arg("out"), py::arg("out_stride_outer"), py::arg("out_stride_inner"), py::arg("rows"), py::arg("tokens"),
-      py::arg("temperature"), py::arg("softcap"), py::arg("logp"), py::arg("entropy"), py::arg("lse"),
-      py::arg("grad_logp"), py::arg("grad_entropy"), py::arg("threads"));
+      py::arg("out"), py::arg("rows"), py::arg("tokens"), py::arg("temperature"), py::arg("softcap"), py::arg("logp"),
+      py::arg("entropy"), py::arg("lse"), py::arg("grad_logp"), py::arg("grad_entropy"), py::arg("target_logits"),
+      py::arg("threads"));
+
+  m.def(
+      "score_rows",
+      [](const OutputArgument& out, const RowsArgument& rows, const TokensArgument& tokens, float temperature,
+         float softcap, std::uintptr_t coefficients, std::uintptr_t logp, std::uintptr_t entropy,
+         std::uintptr_t score_sqnorm, std::uintptr_t lse, int threads) {
+        const py::gil_scoped_release release;
+        vcpo::score_rows(out, rows, tokens, {temperature, softcap}, pointer<const float>(coefficients),
+                         pointer<float>(logp), pointer<float>(entropy), pointer<float>(score_sqnorm),
+                         pointer<float>(lse), threads);
+      },
+      py::arg("out"), py::arg("rows"), py::arg("tokens"), py::arg("temperature"), py::arg("softcap"),
+      py::arg("coefficients"), py::arg("logp"), py::arg("entropy"), py::arg("score_sqnorm"), py::arg("lse"),
+      py::arg("threads"));
+
+  m.def(
+      "prepare_if_fresh",
+      [](std::uintptr_t data, std::size_t bytes) { return vcpo::prepare_if_fresh(pointer<void>(data), bytes); },
+      py::arg("data"), py::arg("bytes"), "Asks for huge pages where the buffer has no memory behind it yet.");
 }

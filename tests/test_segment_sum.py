@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import vcpo_kernels as vk
 from tests.brute_force import LAYOUTS, lay_out
 from vcpo_kernels.segment_sum import segment_spread, segment_sum
 
@@ -90,3 +91,28 @@ def test_bitwise_repeatable(kind: str) -> None:
     values = torch.randn(int(torch.tensor(lay_out(kind, [500, 3, 700]).shape).prod()))
     first = segment_sum(values, *segments)
     assert all(torch.equal(first, segment_sum(values, *segments)) for _ in range(5))
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_public_spread_is_the_adjoint_of_sum(kind: str) -> None:
+    """Segments.spread in the batch's own shape: <sum(x), y> = <x, spread(y)>, and so it differentiates."""
+    batch = lay_out(kind, LENGTHS)
+    x, y = torch.randn(batch.shape, dtype=torch.float64), torch.randn(len(LENGTHS), dtype=torch.float64)
+    spread = batch.segments.spread(y.requires_grad_(), like=x)
+    assert spread.shape == x.shape
+    torch.testing.assert_close((x * spread).sum(), torch.dot(batch.segments.sum(x), y))
+    assert torch.autograd.gradcheck(lambda y: batch.segments.spread(y, like=x), y)
+
+
+def test_spread_knows_its_shape_or_says_so() -> None:
+    mask = torch.ones(2, 3)
+    assert vk.Segments.padded(mask).spread(torch.ones(2)).shape == (2, 3)
+    packed = vk.Segments.packed(torch.tensor([0, 2, 5]))
+    with pytest.raises(ValueError, match=r"Segments.spread: packed segments without a mask.*like=stats.logp"):
+        packed.spread(torch.ones(2))
+    with pytest.raises(ValueError, match=r"per_sequence must have shape \(2,\)"):
+        packed.spread(torch.ones(3), like=torch.ones(5))
+    with pytest.raises(ValueError, match="like must hold the 5 tokens"):
+        packed.spread(torch.ones(2), like=torch.ones(4))
+    with pytest.raises(TypeError, match=r"per_sequence must be one of.*per_sequence.float\(\)"):
+        packed.spread(torch.ones(2, dtype=torch.int64), like=torch.ones(5))

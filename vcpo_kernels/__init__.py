@@ -3,10 +3,13 @@
 from vcpo_kernels._version import __version__
 from vcpo_kernels.backends.registry import use_backend
 from vcpo_kernels.baselines import off_policy_baseline
+from vcpo_kernels.linear_token_stats import linear_token_stats
+from vcpo_kernels.linear_weighted_logp import linear_weighted_logp
 from vcpo_kernels.segments import Segments
 from vcpo_kernels.step_size import EssLearningRate
 from vcpo_kernels.token_stats import TokenStats, token_stats
 from vcpo_kernels.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
+from vcpo_kernels.weighted_logp import weighted_logp
 from vcpo_kernels.weights import EffectiveSampleSize, effective_sample_size, sequence_log_weights
 
 __all__ = [
@@ -18,9 +21,12 @@ __all__ = [
     "VCPOOutput",
     "__version__",
     "effective_sample_size",
+    "linear_token_stats",
+    "linear_weighted_logp",
     "off_policy_baseline",
     "sequence_log_weights",
     "token_stats",
     "use_backend",
     "vcpo_loss",
+    "weighted_logp",
 ]

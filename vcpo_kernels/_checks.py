@@ -88,6 +88,29 @@ def boolean(where: str, name: str, value: Any) -> bool:
     raise TypeError(f"{where}: {name} must be a bool, got {describe(value)}.")
 
 
+def vocabulary_ids(where: str, token_ids: Tensor, live: Tensor | None, vocabulary: int) -> None:
+    """Raise unless every live id lies in [0, vocabulary). Reads the data: for `readable` tensors."""
+    bad = (token_ids < 0) | (token_ids >= vocabulary)
+    if live is not None:
+        bad &= live
+    if bool(bad.any()):
+        at = int(bad.flatten().nonzero()[0])
+        raise ValueError(
+            f"{where}: token_ids must lie in [0, {vocabulary}) where the mask is true, got "
+            f"{int(token_ids.flatten()[at])} at flat position {at} ({int(bad.sum())} such). "
+            "Mask padding out (mask = token_ids != pad), or check that tokenizer and head agree on the vocabulary."
+        )
+
+
+def not_a_leaf(where: str, name: str, logits: Tensor) -> None:
+    """Raise where an in-place gradient would take the place of a parameter's values."""
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            f"{where}: {name}=True would overwrite a leaf tensor's values with its gradient. "
+            f"Pass logits that a module computed, or leave {name}=False."
+        )
+
+
 def choice(where: str, name: str, value: Any, options: Sequence[str]) -> None:
     """Raise unless `value` is one of the named options."""
     if value not in options:

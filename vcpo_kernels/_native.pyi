@@ -19,6 +19,9 @@ class Rows:
 class Tokens:
     def __init__(self, ids: int, mask: int, shift: bool) -> None: ...
 
+class Output:
+    def __init__(self, data: int, stride_outer: int, stride_inner: int) -> None: ...
+
 def token_stats_forward(
     rows: Rows,
     tokens: Tokens,
@@ -31,9 +34,7 @@ def token_stats_forward(
     threads: int,
 ) -> None: ...
 def token_stats_backward(
-    out: int,
-    out_stride_outer: int,
-    out_stride_inner: int,
+    out: Output,
     rows: Rows,
     tokens: Tokens,
     temperature: float,
@@ -43,5 +44,20 @@ def token_stats_backward(
     lse: int,
     grad_logp: int,
     grad_entropy: int,
+    target_logits: int,
     threads: int,
 ) -> None: ...
+def score_rows(
+    out: Output,
+    rows: Rows,
+    tokens: Tokens,
+    temperature: float,
+    softcap: float,
+    coefficients: int,
+    logp: int,
+    entropy: int,
+    score_sqnorm: int,
+    lse: int,
+    threads: int,
+) -> None: ...
+def prepare_if_fresh(data: int, bytes: int) -> bool: ...

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import overload
+
+import torch
 from torch import Tensor
+
+from vcpo_kernels import _checks
 
 
 def row_groups(logits: Tensor, keep_last: bool) -> list[tuple[int, int]]:
@@ -35,3 +40,36 @@ def as_rows(logits: Tensor, shift: bool) -> Tensor | None:
         return None
     (outer, outer_stride), (inner, inner_stride) = groups
     return logits.as_strided((outer, inner, logits.shape[-1]), (outer_stride, inner_stride, 1), logits.storage_offset())
+
+
+def rows_of(logits: Tensor, shift: bool) -> Tensor:
+    """`as_rows` inside an op: compiled graphs cannot take the public functions' way of one call per slice."""
+    rows = as_rows(logits, shift)
+    if rows is None:
+        rows = as_rows(logits.contiguous(), shift)
+    assert rows is not None
+    return rows
+
+
+@overload
+def beside(value: Tensor, rows: Tensor) -> Tensor: ...
+@overload
+def beside(value: None, rows: Tensor) -> None: ...
+def beside(value: Tensor | None, rows: Tensor) -> Tensor | None:
+    """A token-sized tensor as contiguous [outer, inner], beside rows [outer, inner, V]."""
+    return None if value is None else value.reshape(rows.shape[:2]).contiguous()
+
+
+def check_ids(where: str, token_ids: Tensor, mask: Tensor | None, vocabulary: int, shift: bool) -> None:
+    """On the CPU, a live id [outer, inner] outside the vocabulary is an error; a GPU is not waited for."""
+    if token_ids.device.type == "cpu":
+        _checks.vocabulary_ids(where, token_ids, counts(token_ids, mask, shift), vocabulary)
+
+
+def counts(token_ids: Tensor, mask: Tensor | None, shift: bool) -> Tensor | None:
+    """The entries that count: the mask's, without the first of each sequence where that has no prediction. None: all."""
+    if not shift:
+        return mask
+    live = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.clone()
+    live[..., :1] = False
+    return live

@@ -7,6 +7,7 @@ mask says which count.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels import _checks
-from vcpo_kernels.segment_sum import segment_sum
+from vcpo_kernels.segment_sum import segment_spread, segment_sum
 
 
 def without_first(mask: Tensor | None, offsets: Tensor, num_tokens: int) -> Tensor:
@@ -191,6 +192,30 @@ class Segments:
         _checks.tensor("Segments.sum", "values", values, _checks.FLOAT_DTYPES, "Convert it: values.float().")
         flat = self.flat("Segments.sum", "values", values)
         return segment_sum(flat, self.mask, self.offsets, self.order)
+
+    def spread(self, per_sequence: Tensor, like: Tensor | None = None) -> Tensor:
+        """The adjoint of `sum`: [B] written to each sequence's valid tokens, 0 elsewhere. Differentiable.
+
+        like: a token tensor whose shape the result takes. None: the shape of the mask (or segment_id) given at the start,
+        which packed segments without a mask do not have.
+
+        >>> import torch, vcpo_kernels as vk
+        >>> vk.Segments.padded(torch.tensor([[1, 1, 0], [1, 0, 0]])).spread(torch.tensor([0.5, 2.0]))
+        tensor([[0.5000, 0.5000, 0.0000],
+                [2.0000, 0.0000, 0.0000]])
+        """
+        where = "Segments.spread"
+        _checks.tensor(where, "per_sequence", per_sequence, _checks.FLOAT_DTYPES, "Convert it: per_sequence.float().")
+        _checks.shape(where, "per_sequence", per_sequence, (self.num_sequences,), "one value per sequence")
+        _checks.same_device(where, "per_sequence", per_sequence, "segments", self.offsets)
+        if like is not None:
+            self.flat(where, "like", like)
+        shape = self.shape if like is None else tuple(like.shape)
+        if shape is None:
+            raise ValueError(
+                f"{where}: packed segments without a mask do not know how many tokens there are. Pass like=stats.logp."
+            )
+        return segment_spread(per_sequence, self.mask, self.offsets, self.order, math.prod(shape)).view(shape)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each sequence's valid tokens, [B]; 0 for a sequence without any. Differentiable."""

@@ -6,6 +6,7 @@ fakes and autograd, and the public function with its checks. The kernels are in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,20 @@ class TokenStats:
         1 at masked-out entries, whose logp and score_sqnorm are 0.
         """
         return self.score_sqnorm - 1 + 2 * self.logp.detach().exp()
+
+    @classmethod
+    def detached(cls, fields: Sequence[Tensor], shifted: bool) -> TokenStats:
+        """From logp, entropy, score_sqnorm and lse, none of which is to carry a gradient."""
+        logp, entropy, score_sqnorm, lse = (f.detach() for f in fields)
+        return cls(logp, entropy, score_sqnorm, lse, shifted)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[TokenStats]) -> TokenStats:
+        """The statistics of slices along a new first dimension."""
+        logp, entropy, score_sqnorm, lse = (
+            torch.stack([getattr(p, f) for p in parts]) for f in ("logp", "entropy", "score_sqnorm", "lse")
+        )
+        return cls(logp, entropy, score_sqnorm, lse, parts[0].shifted)
 
 
 def token_stats(
@@ -89,22 +104,18 @@ def token_stats(
     >>> logits.grad[0]
     tensor([-0.5000,  0.5000])
     """
-    token_ids, mask, temperature, softcap = _check(
-        logits, token_ids, mask, temperature, softcap, shift, inplace_backward
-    )
+    where = "token_stats"
+    token_ids, mask, temperature, softcap = checked(where, logits, token_ids, mask, temperature, softcap, shift)
+    if inplace_backward:
+        _checks.not_a_leaf(where, "inplace_backward", logits)
     rows_fit = torch.compiler.is_compiling() or _rows.as_rows(logits, shift) is not None
     if not rows_fit:  # more than two batch dimensions that no stride can merge: one call per slice of the first
         masks = mask if mask is not None else [None] * len(logits)
-        slices = [
-            token_stats(*rows, temperature, softcap, shift, inplace_backward)
-            for rows in zip(logits, token_ids, masks, strict=True)
-        ]
-        return TokenStats(
-            logp=torch.stack([s.logp for s in slices]),
-            entropy=torch.stack([s.entropy for s in slices]),
-            score_sqnorm=torch.stack([s.score_sqnorm for s in slices]),
-            lse=torch.stack([s.lse for s in slices]),
-            shifted=shift,
+        return TokenStats.stacked(
+            [
+                token_stats(*rows, temperature, softcap, shift, inplace_backward)
+                for rows in zip(logits, token_ids, masks, strict=True)
+            ]
         )
     inplace = inplace_backward and not torch.compiler.is_compiling()
     logp, entropy, score_sqnorm, lse = torch.ops.vcpo_kernels.token_stats(
@@ -113,10 +124,10 @@ def token_stats(
     return TokenStats(logp, entropy, score_sqnorm.detach(), lse.detach(), shift)
 
 
-def _check(
-    logits: Any, token_ids: Any, mask: Any, temperature: Any, softcap: Any, shift: Any, inplace_backward: Any
+def checked(
+    where: str, logits: Any, token_ids: Any, mask: Any, temperature: Any, softcap: Any, shift: Any
 ) -> tuple[Tensor, Tensor | None, float, float | None]:
-    where = "token_stats"
+    """ids as int64, the mask as bool, the numbers as floats; or an error naming the argument."""
     _checks.tensor(where, "logits", logits, _checks.FLOAT_DTYPES)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{where}: logits must be [.., V] with V >= 1, got {_checks.describe(logits)}.")
@@ -136,11 +147,6 @@ def _check(
         _checks.same_device(where, "mask", mask, "logits", logits)
     if shift and logits.dim() < 2:
         raise ValueError(f"{where}: shift=True wants logits [.., T, V], got {_checks.describe(logits)}.")
-    if inplace_backward and logits.requires_grad and logits.is_leaf:
-        raise ValueError(
-            f"{where}: inplace_backward=True would overwrite a leaf tensor's values with its gradient. "
-            "Pass logits that a module computed, or leave inplace_backward=False."
-        )
     temperature = _checks.positive_float(where, "temperature", temperature)
     softcap = _checks.positive_float(where, "softcap", softcap, optional=True)
     return token_ids.to(torch.int64), mask, temperature, softcap
@@ -162,35 +168,6 @@ LIBRARY.define(f"token_stats_backward(Tensor logits, {_BACKWARD}) -> Tensor", ta
 LIBRARY.define(f"token_stats_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _token_rows(value: Tensor | None, rows: Tensor) -> Tensor | None:
-    """A token-sized tensor as contiguous [outer, inner], beside rows [outer, inner, V]."""
-    return None if value is None else value.reshape(rows.shape[:2]).contiguous()
-
-
-def _rows_of(logits: Tensor, shift: bool) -> Tensor:
-    rows = _rows.as_rows(logits, shift)
-    if rows is None:  # only reached from compiled graphs, which cannot take the public function's per-slice path
-        rows = _rows.as_rows(logits.contiguous(), shift)
-    assert rows is not None
-    return rows
-
-
-def _check_ids(token_ids: Tensor, mask: Tensor | None, vocabulary: int, shift: bool) -> None:
-    """token_ids, mask: [outer, inner]. On the CPU, a live id outside the vocabulary is an error."""
-    bad = (token_ids < 0) | (token_ids >= vocabulary)
-    if mask is not None:
-        bad &= mask
-    if shift:
-        bad[:, :1] = False
-    if bool(bad.any()):
-        at = int(bad.flatten().nonzero()[0])
-        raise ValueError(
-            f"token_stats: token_ids must lie in [0, {vocabulary}) where the mask is true, got "
-            f"{int(token_ids.flatten()[at])} at flat position {at} ({int(bad.sum())} such). "
-            "Mask padding out (mask = token_ids != pad), or check that tokenizer and head agree on the vocabulary."
-        )
-
-
 def _token_stats(
     logits: Tensor,
     token_ids: Tensor,
@@ -201,10 +178,9 @@ def _token_stats(
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     backend = registry.select("token_stats", logits.device, logits.dtype)
-    rows = _rows_of(logits, shift)
-    ids, live = token_ids.reshape(rows.shape[:2]).contiguous(), _token_rows(mask, rows)
-    if logits.device.type == "cpu":
-        _check_ids(ids, live, logits.shape[-1], shift)
+    rows = _rows.rows_of(logits, shift)
+    ids, live = _rows.beside(token_ids, rows), _rows.beside(mask, rows)
+    _rows.check_ids("token_stats", ids, live, logits.shape[-1], shift)
     outputs = backend.forward(rows, ids, live, temperature=temperature, softcap=softcap, shift=shift)
     logp, entropy, score_sqnorm, lse = (o.view(token_ids.shape) for o in outputs)
     return logp, entropy, score_sqnorm, lse
@@ -224,14 +200,14 @@ def _backward_into(
     softcap: float | None,
     shift: bool,
 ) -> None:
-    rows = _rows_of(logits, shift)
+    rows = _rows.rows_of(logits, shift)
     out_rows = rows if out is logits else out.view(rows.shape)
     token_sized = (token_ids, mask, logp, entropy, lse, grad_logp, grad_entropy)
     backend = registry.select("token_stats", logits.device, logits.dtype)
     backend.backward(
         out_rows,
         rows,
-        *(_token_rows(t, rows) for t in token_sized),
+        *(_rows.beside(t, rows) for t in token_sized),
         temperature=temperature,
         softcap=softcap,
         shift=shift,

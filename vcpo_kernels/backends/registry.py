@@ -18,8 +18,9 @@ from types import ModuleType
 
 import torch
 
-ROW_OPS = frozenset({"token_stats"})
+ROW_OPS = frozenset({"token_stats", "score_rows"})
 SEQUENCE_OPS = frozenset({"segment_sum", "segment_spread", "vcpo_coefficients"})
+GRADIENT_OPS = frozenset({"scale"})
 
 HALF_AND_SINGLE = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
@@ -73,7 +74,7 @@ BACKENDS: dict[str, Backend] = {
     for b in (
         Backend(
             name="reference",
-            ops=ROW_OPS | SEQUENCE_OPS,
+            ops=ROW_OPS | SEQUENCE_OPS | GRADIENT_OPS,
             devices=None,
             dtypes=HALF_AND_SINGLE | {torch.float64},
             probe=lambda: None,
@@ -87,7 +88,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name="triton",
-            ops=ROW_OPS | SEQUENCE_OPS,
+            ops=ROW_OPS | SEQUENCE_OPS | GRADIENT_OPS,
             devices=frozenset({"cuda"}),
             dtypes=HALF_AND_SINGLE,
             probe=triton_problem,
@@ -165,8 +166,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve every op inside the context by one backend: "reference", "native" or "triton".
 
     Forward and backward each use the backend in force when they run, so keep `loss.backward()` inside to force both.
-    What the backend cannot serve raises RuntimeError with every backend's reasons; only sequence ops that it does not
-    have at all ("native" has none) go to the default one. Not thread-safe: it is meant for tests and comparisons.
+    What the backend cannot serve raises RuntimeError with every backend's reasons; only ops other than row ops that it
+    does not have at all ("native" has none) go to the default one. Not thread-safe: it is meant for tests and comparisons.
 
     Raises ValueError for an unknown name.
 

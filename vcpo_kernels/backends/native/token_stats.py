@@ -10,15 +10,19 @@ from vcpo_kernels import _native
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype in csrc/cpu/dtypes.h
 
 
-def _address(value: Tensor | None) -> int:
+def address(value: Tensor | None) -> int:
     return 0 if value is None else value.data_ptr()
 
 
-def _rows(rows: Tensor) -> _native.Rows:
+def rows_argument(rows: Tensor) -> _native.Rows:
     outer, inner, vocabulary = rows.shape
     return _native.Rows(
         rows.data_ptr(), DTYPE_CODES[rows.dtype], outer, inner, vocabulary, rows.stride(0), rows.stride(1)
     )
+
+
+def output_argument(out: Tensor) -> _native.Output:
+    return _native.Output(out.data_ptr(), out.stride(0), out.stride(1))
 
 
 def forward(
@@ -33,8 +37,8 @@ def forward(
     """logp, entropy, score_sqnorm, lse, each [O, I] fp32."""
     logp, entropy, score_sqnorm, lse = (torch.empty(rows.shape[:2], dtype=torch.float32) for _ in range(4))
     _native.token_stats_forward(
-        _rows(rows),
-        _native.Tokens(token_ids.data_ptr(), _address(mask), shift),
+        rows_argument(rows),
+        _native.Tokens(token_ids.data_ptr(), address(mask), shift),
         temperature,
         softcap or 0.0,
         logp.data_ptr(),
@@ -60,20 +64,20 @@ def backward(
     temperature: float,
     softcap: float | None,
     shift: bool,
+    target_logits: Tensor | None = None,  # [O, I] fp32
 ) -> None:
-    """Writes every row of `out`."""
+    """Writes every row of `out`. target_logits: the rows hold a block of their vocabulary, see the reference."""
     _native.token_stats_backward(
-        out.data_ptr(),
-        out.stride(0),
-        out.stride(1),
-        _rows(rows),
-        _native.Tokens(token_ids.data_ptr(), _address(mask), shift),
+        output_argument(out),
+        rows_argument(rows),
+        _native.Tokens(token_ids.data_ptr(), address(mask), shift),
         temperature,
         softcap or 0.0,
         logp.data_ptr(),
         entropy.data_ptr(),
         lse.data_ptr(),
-        _address(grad_logp),
-        _address(grad_entropy),
+        address(grad_logp),
+        address(grad_entropy),
+        address(target_logits),
         torch.get_num_threads(),
     )

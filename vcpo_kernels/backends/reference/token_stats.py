@@ -87,8 +87,13 @@ def backward(
     temperature: float,
     softcap: float | None,
     shift: bool,
+    target_logits: Tensor | None = None,
 ) -> None:
-    """d rows = g (1[v=y] - p) - h p (log p + entropy), through softcap and temperature; 0 where g = h = 0."""
+    """d rows = g (1[v=y] - p) - h p (log p + entropy), through softcap and temperature; 0 where g = h = 0.
+
+    target_logits [O, I]: the rows hold only a block of their vocabulary. token_ids then count from its first entry, one
+    outside [0, V) lies in another block, and the sampled token's logit, which may not be in sight, is given.
+    """
     zero = torch.zeros_like(logp, dtype=torch.float64)
     live = _live(mask, rows.shape[:2], shift, rows.device)
     g = torch.where(live, _to_rows(zero if grad_logp is None else grad_logp, shift), 0.0).unsqueeze(-1)
@@ -101,13 +106,21 @@ def backward(
     # log p_v from lse, or as (x_v - x_y) + logp: the smaller of lse and logp was rounded less.
     logp_rows, lse_rows, entropy_rows = (_to_rows(t, shift).double().unsqueeze(-1) for t in (logp, lse, entropy))
     by_lse = lse_rows.abs() <= logp_rows.abs()
-    log_p = torch.where(by_lse, x - lse_rows, (x - x.gather(-1, target)) + logp_rows)
+    if target_logits is None:
+        x_target = x.gather(-1, target)
+    else:
+        x_target = _scaled(_to_rows(target_logits, shift), temperature, softcap).unsqueeze(-1)
+    log_p = torch.where(by_lse, x - lse_rows, (x - x_target) + logp_rows)
     p = log_p.exp()
     dx = -g * p - h * torch.where(p > 0, p * (log_p + entropy_rows), 0.0)
     p_target = torch.exp(logp_rows)
     h_part = torch.where(p_target > 0, p_target * (logp_rows + entropy_rows), 0.0)
-    dx = dx.scatter(-1, target, -g * torch.expm1(logp_rows) - h * h_part)
-    dx = torch.where(known.unsqueeze(-1), dx, torch.full_like(dx, float("nan")))
+    at_target = -g * torch.expm1(logp_rows) - h * h_part
+    known = known.unsqueeze(-1)
+    if target_logits is None:
+        dx = torch.where(known, dx.scatter(-1, target, at_target), float("nan"))
+    else:
+        dx = dx.scatter(-1, target, torch.where(known, at_target, dx.gather(-1, target)))
     dx = dx / temperature
     if softcap is not None:
         dx = dx * (1 - torch.tanh(rows.double() / softcap).square())

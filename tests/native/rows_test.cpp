@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +17,7 @@
 #include "../../csrc/common/row_state.h"
 #include "../../csrc/cpu/dtypes.h"
 #include "../../csrc/cpu/isa.h"
+#include "../../csrc/cpu/score_rows.h"
 #include "../../csrc/cpu/token_stats.h"
 
 namespace {
@@ -121,8 +123,8 @@ void check_rows(std::int64_t vocabulary, typename Guarded<T>::Side side, float s
   const vcpo::Scaling scaling{0.8f, softcap};
   vcpo::token_stats_forward(rows, tokens, scaling, logp.data(), entropy.data(), score.data(), lse.data(), threads);
   void* out = inplace ? static_cast<void*>(z.data()) : grad.data();
-  vcpo::token_stats_backward(out, kInner * vocabulary, vocabulary, rows, tokens, scaling, logp.data(), entropy.data(),
-                             lse.data(), g.data(), h.data(), threads);
+  vcpo::token_stats_backward({out, kInner * vocabulary, vocabulary}, rows, tokens, scaling, logp.data(), entropy.data(),
+                             lse.data(), g.data(), h.data(), nullptr, threads);
 
   const double eps = sizeof(T) == 4 ? 0 : std::is_same_v<T, vcpo::BFloat16> ? 1.0 / 256 : 1.0 / 1024;
   for (std::int64_t r = 0; r < kRows; ++r) {
@@ -151,6 +153,63 @@ void check_rows(std::int64_t vocabulary, typename Guarded<T>::Side side, float s
       const double got = vcpo::to_float(d[v]);
       CHECK(std::abs(got - want) <= eps * std::abs(want) + 1e-4, "gradient %g, want %g", got, want);
     }
+  }
+}
+
+// score_rows writes what the backward would, and the statistics of the forward; a backward by blocks of the vocabulary
+// gives the whole row's gradient.
+template <class T>
+void check_scores_and_blocks(std::int64_t vocabulary, typename Guarded<T>::Side side, float softcap, bool inplace) {
+  constexpr std::int64_t kRows = 5;
+  using Side = typename Guarded<float>::Side;
+  const Side s = static_cast<Side>(side);
+  std::mt19937 random(static_cast<unsigned>(vocabulary) * 11u + static_cast<unsigned>(side));
+  std::normal_distribution<float> normal(0.0f, 4.0f);
+  Guarded<T> z(static_cast<std::size_t>(kRows * vocabulary), side), grad(z.size(), side), whole(z.size(), side);
+  Guarded<std::int64_t> ids(kRows, static_cast<Guarded<std::int64_t>::Side>(side)),
+      in_block(kRows, Guarded<std::int64_t>::kEnd);
+  Guarded<std::uint8_t> mask(kRows, static_cast<Guarded<std::uint8_t>::Side>(side));
+  Guarded<float> logp(kRows, s), entropy(kRows, s), score(kRows, s), lse(kRows, s), c(kRows, s), target(kRows, s);
+  Guarded<float> logp2(kRows, s), entropy2(kRows, s), score2(kRows, s), lse2(kRows, s);
+  for (std::size_t i = 0; i < z.size(); ++i) z[i] = vcpo::from_float<T>(normal(random));
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    ids[r] = r == 0 ? vocabulary - 1 : static_cast<std::int64_t>(random() % static_cast<unsigned>(vocabulary));
+    mask[r] = r != 2;
+    c[r] = r == 3 ? 0.0f : normal(random);
+    target[r] = vcpo::to_float(z[static_cast<std::size_t>(r * vocabulary + ids[r])]);
+  }
+  const vcpo::Rows rows{z.data(), dtype_of<T>(), 1, kRows, vocabulary, kRows * vocabulary, vocabulary};
+  const vcpo::Tokens tokens{ids.data(), mask.data(), false};
+  const vcpo::Scaling scaling{0.8f, softcap};
+  vcpo::token_stats_forward(rows, tokens, scaling, logp.data(), entropy.data(), score.data(), lse.data(), 2);
+  vcpo::token_stats_backward({whole.data(), kRows * vocabulary, vocabulary}, rows, tokens, scaling, logp.data(),
+                             entropy.data(), lse.data(), c.data(), nullptr, nullptr, 2);
+  for (const std::int64_t width : {vocabulary, vocabulary / 2 + 1}) {
+    for (std::int64_t begin = 0; begin < vocabulary; begin += width) {
+      const std::int64_t count = std::min(width, vocabulary - begin);
+      Guarded<T> block(static_cast<std::size_t>(kRows * count), side);
+      for (std::int64_t r = 0; r < kRows; ++r) {
+        in_block[r] = ids[r] - begin;
+        std::memcpy(block.data() + r * count, z.data() + r * vocabulary + begin,
+                    static_cast<std::size_t>(count) * sizeof(T));
+      }
+      const vcpo::Rows part{block.data(), dtype_of<T>(), 1, kRows, count, kRows * count, count};
+      vcpo::token_stats_backward({block.data(), kRows * count, count}, part, {in_block.data(), mask.data(), false},
+                                 scaling, logp.data(), entropy.data(), lse.data(), c.data(), nullptr, target.data(), 2);
+      for (std::int64_t r = 0; r < kRows; ++r) {
+        const T *got = block.data() + r * count, *want = whole.data() + r * vocabulary + begin;
+        CHECK(std::memcmp(got, want, static_cast<std::size_t>(count) * sizeof(T)) == 0, "block at %d",
+              static_cast<int>(begin));
+      }
+    }
+  }
+  T* out = inplace ? z.data() : grad.data();
+  vcpo::score_rows({out, kRows * vocabulary, vocabulary}, rows, tokens, scaling, c.data(), logp2.data(),
+                   entropy2.data(), score2.data(), lse2.data(), 2);
+  CHECK(std::memcmp(out, whole.data(), z.size() * sizeof(T)) == 0, "scores, V = %d", static_cast<int>(vocabulary));
+  for (std::int64_t r = 0; r < kRows; ++r) {
+    const bool same = logp[r] == logp2[r] && entropy[r] == entropy2[r] && score[r] == score2[r] && lse[r] == lse2[r];
+    CHECK(same, "statistics of row %d", static_cast<int>(r));
   }
 }
 
@@ -197,7 +256,10 @@ void check_dtype_rows() {
   for (const std::int64_t vocabulary : {1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 100, 4095, 4096, 4097, 9001}) {
     for (const auto side : {Guarded<T>::kEnd, Guarded<T>::kBegin}) {
       for (const float softcap : {0.0f, 12.0f}) {
-        for (const bool inplace : {false, true}) check_rows<T>(vocabulary, side, softcap, inplace, 2);
+        for (const bool inplace : {false, true}) {
+          check_rows<T>(vocabulary, side, softcap, inplace, 2);
+          check_scores_and_blocks<T>(vocabulary, side, softcap, inplace);
+        }
       }
     }
   }

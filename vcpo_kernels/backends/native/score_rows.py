@@ -1,0 +1,38 @@
+"""score_rows through the compiled extension: csrc/cpu/score_rows.cpp. Passes addresses; the checks came before."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _native
+from vcpo_kernels.backends.native.token_stats import address, output_argument, rows_argument
+
+
+def forward(
+    out: Tensor,  # [O, I, V], written; may be `rows` itself
+    rows: Tensor,  # [O, I, V]
+    token_ids: Tensor,  # [O, I] int64
+    mask: Tensor | None,  # [O, I] bool
+    coefficients: Tensor | None,  # [O, I] fp32; None: all 1
+    *,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, score_sqnorm, lse, each [O, I] fp32; writes every row of `out`."""
+    logp, entropy, score_sqnorm, lse = (torch.empty(rows.shape[:2], dtype=torch.float32) for _ in range(4))
+    _native.score_rows(
+        output_argument(out),
+        rows_argument(rows),
+        _native.Tokens(token_ids.data_ptr(), address(mask), shift),
+        temperature,
+        softcap or 0.0,
+        address(coefficients),
+        logp.data_ptr(),
+        entropy.data_ptr(),
+        score_sqnorm.data_ptr(),
+        lse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return logp, entropy, score_sqnorm, lse
