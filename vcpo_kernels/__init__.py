@@ -5,6 +5,7 @@ from vcpo_kernels.backends.registry import use_backend
 from vcpo_kernels.baselines import off_policy_baseline
 from vcpo_kernels.linear_token_stats import linear_token_stats
 from vcpo_kernels.linear_weighted_logp import linear_weighted_logp
+from vcpo_kernels.patch_head import HeadOutput, patch_head
 from vcpo_kernels.segments import Segments
 from vcpo_kernels.step_size import EssLearningRate
 from vcpo_kernels.token_stats import TokenStats, token_stats
@@ -15,6 +16,7 @@ from vcpo_kernels.weights import EffectiveSampleSize, effective_sample_size, seq
 __all__ = [
     "EffectiveSampleSize",
     "EssLearningRate",
+    "HeadOutput",
     "Segments",
     "TokenStats",
     "VCPOConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "linear_token_stats",
     "linear_weighted_logp",
     "off_policy_baseline",
+    "patch_head",
     "sequence_log_weights",
     "token_stats",
     "use_backend",
