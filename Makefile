@@ -8,7 +8,7 @@ CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -nam
 WERROR := $(if $(CI),ON,OFF)# a user's compiler may be newer than ours, and warn of more
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test test-fast test-triton test-slow sanitize aot lint format bench figures clean
+.PHONY: help setup demo test test-fast test-triton test-slow sanitize aot lint format bench bench-peers figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -65,8 +65,12 @@ format: setup  ## rewrite the sources in the house style
 aot: setup  ## compile every triton kernel ahead of time and rewrite the committed table
 	$(BIN)/python -m benchmarks.aot --write
 
-bench: setup  ## the comparison with eager torch and torch.compile on this machine
+bench: setup  ## the comparisons on this machine; `make bench-peers` first adds TRL, Liger and cut_cross_entropy
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run_linear
+
+bench-peers: setup
+	$(BIN)/python -m pip install --quiet --constraint requirements-dev.txt trl liger-kernel cut-cross-entropy
 
 figures: setup  ## the README's tables and pictures from the committed results
 	$(BIN)/python -m benchmarks.figures

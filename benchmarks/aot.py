@@ -34,12 +34,14 @@ from triton.compiler import ASTSource
 
 from vcpo_kernels.backends.triton import (
     group_advantages,
+    scale,
+    score_rows,
     segment_spread,
     segment_sum,
     token_stats,
     vcpo_coefficients,
 )
-from vcpo_kernels.backends.triton.launch import ACCESS_BYTES, FUSION, RowLaunch, launches_for
+from vcpo_kernels.backends.triton.launch import ACCESS_BYTES, FUSION, RowLaunch, SequenceLaunch, launches_for
 
 TABLE = Path(__file__).parent / "results" / "aot_triton.json"
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
@@ -76,16 +78,22 @@ class Resources:
 
 
 def row_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:
-    """token_stats, both passes, for every dtype; the variants that cost more once, in bf16."""
+    """token_stats, both passes, score_rows and scale for every dtype; the variants that cost more once, in bf16."""
     table = launches_for(capability)
     for dtype in ROW_TYPES:
         yield _forward(dtype, table.forward)
         for entropy in (False, True):
             yield _backward(dtype, table.backward, entropy)
+        yield _score_rows(dtype, table.score)
+        yield _scale(dtype, table.scale)
     yield _forward("bf16", table.forward_softcap, softcap=True)
     yield _backward("bf16", table.backward, True, softcap=True)
     yield _forward("bf16", table.forward, aligned=False)
     yield _backward("bf16", table.backward, True, aligned=False)
+    yield _backward("bf16", table.backward, True, block=True)
+    yield _score_rows("bf16", table.score_softcap, softcap=True)
+    yield _score_rows("bf16", table.score, aligned=False)
+    yield _score_rows("bf16", table.score_softcap, softcap=True, aligned=False)
 
 
 _ROW_INTEGERS = (
@@ -109,33 +117,51 @@ def _row_constants(dtype: str, launch: RowLaunch, aligned: bool) -> dict[str, in
     return {"VEC": vec, "VECTORS": launch.vectors * width // vec, "LANES": launch.lanes}
 
 
-def _forward(dtype: str, launch: RowLaunch, softcap: bool = False, aligned: bool = True) -> Kernel:
-    outputs = ("logp_ptr", "entropy_ptr", "score_ptr", "lse_ptr")
-    types: dict[str, str | None] = {"rows_ptr": f"*{dtype}", "ids_ptr": "*i64", "mask_ptr": "*u8"}
-    types |= dict.fromkeys(outputs, "*fp32") | dict.fromkeys(_ROW_INTEGERS, "i32")
-    types |= {"temperature": "fp32", "softcap": "fp32" if softcap else None}
-    name = f"token_stats.forward[{dtype}{', softcap' * softcap}{', unaligned' * (not aligned)}]"
-    constants = _row_constants(dtype, launch, aligned)
-    return Kernel(name, token_stats.forward_kernel, types, constants, launch.num_warps, _row_bits(aligned))
-
-
-def _backward(dtype: str, launch: RowLaunch, entropy: bool, softcap: bool = False, aligned: bool = True) -> Kernel:
-    inputs = ("logp_ptr", "entropy_ptr", "lse_ptr", "grad_logp_ptr")
-    types: dict[str, str | None] = {
+def _row_types(dtype: str, softcap: bool, *token_sized: str) -> dict[str, str | None]:
+    rows: dict[str, str | None] = {
         "out_ptr": f"*{dtype}",
         "rows_ptr": f"*{dtype}",
         "ids_ptr": "*i64",
         "mask_ptr": "*u8",
     }
-    types |= dict.fromkeys(inputs, "*fp32") | {"grad_entropy_ptr": "*fp32" if entropy else None}
-    types |= dict.fromkeys(_ROW_INTEGERS, "i32") | {
-        "temperature": "fp32",
-        "softcap": "fp32" if softcap else None,
-    }
-    variant = f"{', entropy' * entropy}{', softcap' * softcap}{', unaligned' * (not aligned)}"
+    scalars = dict.fromkeys(_ROW_INTEGERS, "i32") | {"temperature": "fp32", "softcap": "fp32" if softcap else None}
+    return rows | dict.fromkeys(token_sized, "*fp32") | scalars
+
+
+_STATISTICS = ("logp_ptr", "entropy_ptr", "score_ptr", "lse_ptr")
+
+
+def _forward(dtype: str, launch: RowLaunch, softcap: bool = False, aligned: bool = True) -> Kernel:
+    types = _row_types(dtype, softcap, *_STATISTICS)
+    name = f"token_stats.forward[{dtype}{', softcap' * softcap}{', unaligned' * (not aligned)}]"
+    constants = _row_constants(dtype, launch, aligned)
+    return Kernel(name, token_stats.forward_kernel, types, constants, launch.num_warps, _row_bits(aligned))
+
+
+def _backward(
+    dtype: str, launch: RowLaunch, entropy: bool, block: bool = False, softcap: bool = False, aligned: bool = True
+) -> Kernel:
+    """block: of a vocabulary, with the targets' logits given."""
+    optional = ("grad_entropy_ptr",) * entropy + ("target_logits_ptr",) * block
+    types = _row_types(dtype, softcap, "logp_ptr", "entropy_ptr", "lse_ptr", "grad_logp_ptr", *optional)
+    variant = f"{', entropy' * entropy}{', block' * block}{', softcap' * softcap}{', unaligned' * (not aligned)}"
     constants = _row_constants(dtype, launch, aligned)
     name, bits = f"token_stats.backward[{dtype}{variant}]", _row_bits(aligned)
     return Kernel(name, token_stats.backward_kernel, types, constants, launch.num_warps, bits, bits)
+
+
+def _score_rows(dtype: str, launch: RowLaunch, softcap: bool = False, aligned: bool = True) -> Kernel:
+    types = _row_types(dtype, softcap, "coefficients_ptr", *_STATISTICS)
+    constants = _row_constants(dtype, launch, aligned)
+    name = f"score_rows[{dtype}{', softcap' * softcap}{', unaligned' * (not aligned)}]"
+    bits = _row_bits(aligned)
+    return Kernel(name, score_rows.score_rows_kernel, types, constants, launch.num_warps, bits, bits)
+
+
+def _scale(dtype: str, launch: SequenceLaunch) -> Kernel:
+    types: dict[str, str | None] = {"gradient_ptr": f"*{dtype}", "factor_ptr": "*fp32", "size": "i32"}
+    constants, bits = {"BLOCK": launch.block}, 8 * ACCESS_BYTES
+    return Kernel(f"scale[{dtype}]", scale.scale_kernel, types, constants, launch.num_warps, bits, bits)
 
 
 def sequence_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:

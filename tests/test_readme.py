@@ -1,4 +1,4 @@
-"""The README's use in ten lines runs as printed."""
+"""The README's code runs as printed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,33 @@ import torch
 
 def test_readme_loop_runs() -> None:
     text = Path("README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    table = torch.nn.Embedding(11, 11)
+    loop, head, two_phases = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table = table
+            self.table, self.head = torch.nn.Embedding(11, 4), torch.nn.Linear(4, 11)
+
+        def get_output_embeddings(self) -> torch.nn.Module:
+            return self.head
 
         def forward(self, ids: torch.Tensor) -> SimpleNamespace:
-            return SimpleNamespace(logits=self.table(ids))
+            return SimpleNamespace(logits=self.head(self.table(ids)))
 
+    model = Model()
     logged: list[dict[str, torch.Tensor]] = []
     batch = (torch.randint(0, 11, (16, 6)), torch.ones(16, 6), torch.full((16, 6), -2.4), torch.rand(16))
-    before = table.weight.detach().clone()
-    exec(code, {"torch": torch, "model": Model(), "rollouts": [batch, batch], "log": logged.append})
+    before = model.head.weight.detach().clone()
+    names = {"torch": torch, "model": model, "rollouts": [batch, batch], "log": logged.append}
+    exec(loop, names)
     assert len(logged) == 2
     assert logged[0]["vcpo/num_tokens"] == 16 * 5  # the first token of each row has no prediction
-    assert not torch.equal(table.weight, before)
+    assert not torch.equal(model.head.weight, before)
+
+    gradients = []
+    for code in (head, two_phases):  # the same batch, the same weights
+        model.zero_grad()
+        exec(code, names)
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for whole, split in zip(*gradients, strict=True):
+        torch.testing.assert_close(split, whole)

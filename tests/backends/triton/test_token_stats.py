@@ -7,15 +7,13 @@ in turn.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
 from tests import row_inputs
-from vcpo_kernels.backends import registry
+from tests.backends.triton.row_bounds import NAMES, PASSES, assert_gradient_close, assert_statistics_close
 from vcpo_kernels.backends.reference import token_stats as reference
 
 pytest.importorskip("triton")
@@ -23,27 +21,12 @@ from vcpo_kernels.backends.triton import token_stats
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the inf that the interpreter meets
 
-NAMES = ("logp", "entropy", "score_sqnorm", "lse")
-PASSES = tuple(itertools.product((1.0, 0.7), (None, 30.0), (False, True)))
-BOUND = registry.BACKENDS["triton"].relative_error
-
-# One rounding; bfloat16 is truncated by the interpreter, which is one ulp.
-ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
-
 
 def forward_both(rows: Tensor, ids: Tensor, mask: Tensor | None, device: torch.device, **settings: object):
     """Statistics [O, I] of the kernel and, in float64, of the reference."""
     on = [None if t is None else t.to(device) for t in (rows, ids, mask)]
     ours = [s.cpu() for s in token_stats.forward(*on, **settings)]
     return ours, reference.forward(rows.double(), ids, mask, **settings)
-
-
-def assert_close(ours: list[Tensor], expected: tuple[Tensor, ...]) -> None:
-    for name, got, want in zip(NAMES, ours, expected, strict=True):
-        assert got.dtype == torch.float32
-        error = (got.double() - want).abs() / (1 + want.abs())
-        same = (got.double() == want) | (got.isnan() & want.isnan()) | (error <= BOUND)
-        assert same.all(), f"{name}: {got[~same]} for {want[~same]}, relative error {error[~same]}"
 
 
 def assert_gradients_close(
@@ -60,26 +43,13 @@ def assert_gradients_close(
     out = read if inplace else torch.empty_like(read)
     token_stats.backward(out, read, *on, **settings)
 
-    # p is as good as the statistic that its exponent was measured from, an ulp of min(|logp|, |lse|).
-    logp, entropy, lse = saved
-    p_error = 1 + torch.minimum(logp.abs(), lse.abs())
-    zero = torch.zeros_like(logp)
-    upstream = sum(
-        t.abs().double() * w for t, w in ((zero if g is None else g, 1.0), (zero if h is None else h, 1 + entropy))
-    )
-    scale = (p_error * upstream).nan_to_num(1.0, 1.0, 1.0) / settings["temperature"]
-    if settings["shift"]:
-        scale = scale.roll(-1, 1)
-    error = (out.cpu().double() - wanted).abs()
-    limit = ROUNDING[rows.dtype] * wanted.abs() + BOUND * scale.unsqueeze(-1)
-    same = (out.cpu().isnan() & wanted.isnan()) | (error <= limit)
-    assert same.all(), f"{out.cpu()[~same][:8]} for {wanted[~same][:8]}"
+    assert_gradient_close(out.cpu(), wanted, exact, g, h, settings)
     return out
 
 
 def check(rows: Tensor, ids: Tensor, mask: Tensor | None, device: torch.device, **settings: object) -> None:
     ours, exact = forward_both(rows, ids, mask, device, **settings)
-    assert_close(ours, exact)
+    assert_statistics_close(ours, exact)
     shape = ids.shape
     upstream = (
         (torch.randn(shape), None),
@@ -142,7 +112,7 @@ def test_masked_rows_are_never_read(device: torch.device) -> None:
     ids[~mask] = -100
     settings = {"temperature": 1.0, "softcap": None, "shift": False}
     ours, exact = forward_both(logits, ids, mask, device, **settings)
-    assert_close(ours, exact)
+    assert_statistics_close(ours, exact)
     assert all((s[~mask] == 0).all() for s in ours)
     g, h = torch.randn(2, 3), torch.randn(2, 3)
     out = assert_gradients_close(logits, ids, mask, ours, exact, g, h, device, True, **settings)
@@ -167,7 +137,7 @@ def test_shift_leaves_the_last_row_out(device: torch.device) -> None:
     mask = torch.tensor([[True, True, True, False], [True, False, True, True]])
     settings = {"temperature": 0.9, "softcap": None, "shift": True}
     ours, exact = forward_both(logits, ids, mask, device, **settings)
-    assert_close(ours, exact)
+    assert_statistics_close(ours, exact)
     g, h = torch.randn(2, 4), torch.randn(2, 4)
     out = assert_gradients_close(logits, ids, mask, ours, exact, g, h, device, False, **settings)
     assert (out[:, -1] == 0).all()
@@ -178,7 +148,7 @@ def test_id_outside_the_vocabulary_is_nan(bad: int, device: torch.device) -> Non
     logits, ids = torch.randn(1, 2, 40), torch.tensor([[bad, 3]])
     settings = {"temperature": 1.0, "softcap": 20.0, "shift": False}
     ours, exact = forward_both(logits, ids, None, device, **settings)
-    assert_close(ours, exact)
+    assert_statistics_close(ours, exact)
     assert ours[0][0, 0].isnan()
     assert ours[1][0, 0].isfinite()
     g, h = torch.randn(1, 2), torch.randn(1, 2)
@@ -195,7 +165,7 @@ def test_rows_of_nothing_and_of_nan(device: torch.device) -> None:
     logits[0, 3, 9] = float("inf")
     settings = {"temperature": 1.0, "softcap": None, "shift": False}
     ours, exact = forward_both(logits, ids, None, device, **settings)
-    assert_close([s[:, :1] for s in ours], tuple(s[:, :1] for s in exact))
+    assert_statistics_close([s[:, :1] for s in ours], tuple(s[:, :1] for s in exact))
     assert ours[0][0, 0] == float("-inf")
     for name in (0, 1, 2):
         assert ours[name][0, 1:].isnan().all()
@@ -228,7 +198,7 @@ def test_views_are_read_in_place(name: str, device: torch.device) -> None:
     with vk.use_backend("triton"):
         stats = vk.token_stats(leaf, ids.to(device))
         (stats.logp.sum() + stats.entropy.sum()).backward()
-    assert_close([getattr(stats, n).detach().cpu() for n in NAMES], expected)
+    assert_statistics_close([getattr(stats, n).detach().cpu() for n in NAMES], expected)
     plain = view.double().contiguous().requires_grad_()
     with vk.use_backend("reference"):
         stats = vk.token_stats(plain, ids)

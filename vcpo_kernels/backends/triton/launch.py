@@ -35,7 +35,7 @@ class RowLaunch:
 
 @dataclass(frozen=True)
 class SequenceLaunch:
-    """block: sequences or tokens that a program takes at a time."""
+    """block: sequences, tokens or, for scale, elements that a program takes at a time."""
 
     block: int
     num_warps: int
@@ -48,7 +48,10 @@ class Launches:
     forward: RowLaunch
     forward_softcap: RowLaunch
     backward: RowLaunch
+    score: RowLaunch
+    score_softcap: RowLaunch
     sequence: SequenceLaunch
+    scale: SequenceLaunch
 
 
 # Four 16-byte loads per thread keep 64 bytes x 1024 threads = 64 KB per multiprocessor in flight at 64
@@ -57,13 +60,22 @@ class Launches:
 # with each other, so that some are always loading. The backward pass is a plain map, whose stores need no
 # reply: half as many loads at a time do. The softcap's polynomial takes twice the registers per element, so
 # its forward pass too has half the elements at a time.
-_FOUR_WARPS = Launches(
+#
+# score_rows reads a row twice, and the second time is cheap only where the L2 cache still has it: rows of
+# 151,936 bf16 entries, one per multiprocessor and taken in place, are 132 x 304 KB = 40 MB of an H100's 50 MB;
+# two would be 80 MB. So there is one program per multiprocessor: 1024 threads of more than 32 registers let no
+# second one in. That leaves a thread 64 registers, which the softcap keeps to without spills only at one load
+# at a time; two at a time are 32 KB in flight. All of this is arithmetic, no GPU has measured it.
+_COMMON = Launches(
     forward=RowLaunch(vectors=4, num_warps=4),
     forward_softcap=RowLaunch(vectors=2, num_warps=4),
     backward=RowLaunch(vectors=2, num_warps=4),
+    score=RowLaunch(vectors=2, num_warps=32),
+    score_softcap=RowLaunch(vectors=1, num_warps=32),
     sequence=SequenceLaunch(block=512, num_warps=4),
+    scale=SequenceLaunch(block=4096, num_warps=8),
 )
-LAUNCHES: dict[tuple[int, int], Launches] = {(8, 0): _FOUR_WARPS, (9, 0): _FOUR_WARPS, (10, 0): _FOUR_WARPS}
+LAUNCHES: dict[tuple[int, int], Launches] = {(8, 0): _COMMON, (9, 0): _COMMON, (10, 0): _COMMON}
 
 
 def launches_for(capability: tuple[int, int]) -> Launches:
