@@ -47,20 +47,18 @@ def test_matches_float64(implementation: str, kind: str, dtype: torch.dtype, voc
 
 
 @pytest.mark.parametrize("dtype", row_inputs.DTYPES, ids=str)
-def test_equals_forward_and_backward_to_the_bit(native: object, dtype: torch.dtype) -> None:
-    """One pass or two, in place or not: the same numbers."""
+def test_statistics_are_those_of_token_stats_to_the_bit(native: object, dtype: torch.dtype) -> None:
+    """With a gradient to keep exponentials for or without one, in place or not: the same numbers."""
     logits, ids = row_inputs.make("outliers", 6, 5001, dtype)
     c = torch.randn(6)
-    backend = registry._load("native", "token_stats")
-    separate = backend.forward(logits[None], ids[None], None, **PLAIN)
-    gradient = torch.empty_like(logits)
-    logp, entropy, _, lse = separate
-    backend.backward(gradient[None], logits[None], ids[None], None, logp, entropy, lse, c[None], None, **PLAIN)
-    for inplace in (False, True):
-        stats, scores = score_rows(logits, ids, c, inplace=inplace)
-        assert torch.equal(scores, gradient)
-        for field, want in zip(FIELDS, separate, strict=True):
-            assert torch.equal(getattr(stats, field), want[0])
+    c[2] = 0
+    separate = registry._load("native", "token_stats").forward(logits[None], ids[None], None, **PLAIN)
+    stats, scores = score_rows(logits, ids, c)
+    in_place, in_place_scores = score_rows(logits, ids, c, inplace=True)
+    assert torch.equal(scores, in_place_scores)
+    for field, want in zip(FIELDS, separate, strict=True):
+        assert torch.equal(getattr(stats, field), want[0])
+        assert torch.equal(getattr(in_place, field), want[0])
 
 
 def test_no_coefficients_are_ones(implementation: str) -> None:

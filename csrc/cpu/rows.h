@@ -54,9 +54,24 @@ using ForwardRow = RowStatistics (*)(const void* row, std::int64_t vocabulary, s
 using BackwardRow = void (*)(void* out, const void* row, std::int64_t vocabulary, const RowGradient&, const RowScale&,
                              bool stream);
 
+// What a forward leaves for the gradient of its own row, so that no exponential is taken twice: 2^(u - ref) of every
+// entry and the reference of every block, in an order that only the kernels of one instruction set know.
+struct Kept {
+  float* exponentials;
+  double* references;
+};
+using KeepingForwardRow = RowStatistics (*)(const void* row, std::int64_t vocabulary, std::int64_t target,
+                                            const RowScale&, const Kept&);
+// c d logp / d logits: a RowGradient without an entropy's part (k1 = 0), its target in sight and no statistic NaN.
+using KeptBackwardRow = void (*)(void* out, const void* row, std::int64_t vocabulary, const RowGradient&,
+                                 const RowScale&, const Kept&, bool stream);
+
 struct RowKernels {
   ForwardRow forward[3];
   BackwardRow backward[3];
+  KeepingForwardRow keeping_forward[3];
+  KeptBackwardRow kept_backward[3];
+  std::int64_t block, kept_per_block;  // entries of a block of the row, and floats that are kept of it
 };
 
 extern const RowKernels kRowKernelsBaseline;
