@@ -34,6 +34,7 @@ from triton.compiler import ASTSource
 
 from vcpo_kernels.backends.triton import (
     group_advantages,
+    outer_sqnorm,
     scale,
     score_rows,
     segment_spread,
@@ -41,7 +42,14 @@ from vcpo_kernels.backends.triton import (
     token_stats,
     vcpo_coefficients,
 )
-from vcpo_kernels.backends.triton.launch import ACCESS_BYTES, FUSION, RowLaunch, SequenceLaunch, launches_for
+from vcpo_kernels.backends.triton.launch import (
+    ACCESS_BYTES,
+    FUSION,
+    OuterLaunch,
+    RowLaunch,
+    SequenceLaunch,
+    launches_for,
+)
 
 TABLE = Path(__file__).parent / "results" / "aot_triton.json"
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
@@ -86,6 +94,7 @@ def row_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:
             yield _backward(dtype, table.backward, entropy)
         yield _score_rows(dtype, table.score)
         yield _scale(dtype, table.scale)
+        yield from _outer_sqnorm(dtype, table.outer)
     yield _forward("bf16", table.forward_softcap, softcap=True)
     yield _backward("bf16", table.backward, True, softcap=True)
     yield _forward("bf16", table.forward, aligned=False)
@@ -162,6 +171,15 @@ def _scale(dtype: str, launch: SequenceLaunch) -> Kernel:
     types: dict[str, str | None] = {"gradient_ptr": f"*{dtype}", "factor_ptr": "*fp32", "size": "i32"}
     constants, bits = {"BLOCK": launch.block}, 8 * ACCESS_BYTES
     return Kernel(f"scale[{dtype}]", scale.scale_kernel, types, constants, launch.num_warps, bits, bits)
+
+
+def _outer_sqnorm(dtype: str, launch: OuterLaunch) -> Iterator[Kernel]:
+    integers = ("p", "q", "left_stride", "right_stride", "num_rows", "pairs", "tiles", "across")
+    types: dict[str, str | None] = {"partial_ptr": "*fp32", "left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}"}
+    types |= {"offsets_ptr": "*i64"} | dict.fromkeys(integers, "i32")
+    constants = {"T": launch.tile, "K": launch.depth}
+    for form, function in (("gram", outer_sqnorm.gram_kernel), ("tile", outer_sqnorm.tile_kernel)):
+        yield Kernel(f"outer_sqnorm.{form}[{dtype}]", function, types, constants, launch.num_warps)
 
 
 def sequence_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:

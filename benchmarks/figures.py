@@ -24,6 +24,10 @@ TABLES = {
     "token_stats": "intel-r-xeon-r-processor-2-50ghz",
     "token_stats_kept_memory": "intel-r-xeon-r-processor-2-50ghz-kept-memory",
 }
+# The fused head's and the per-sequence gradients' results. Kept memory, since a first touch of freed memory costs up to 1 ms
+# per MiB on this virtual machine, and bare GEMMs, which allocate nothing, are what the times are held against.
+MACHINE = "amd-epyc-kept-memory"
+FRESH = "amd-epyc"  # the same machine with the allocator's defaults: what a call adds to resident memory
 PICTURE = Path("docs/figures/stability.png")
 LAGS, LAG, RATES = ("8", "32", "128"), "32", ("0.0001", "0.0003", "0.001")
 COLORS = {"seq-tis": "#d1495b", "vcpo": "#0b6ecf"}
@@ -52,6 +56,68 @@ def token_stats_table(folder: Path) -> str:
             factor = "" if r["name"].startswith("vcpo_kernels") else f"{r['median_ms'] / ours:.1f}"
             memory = "" if r["peak_extra_mib"] is None else f"{r['peak_extra_mib']:.0f}"
             lines.append(f"| {work} | {r['name']} | {r['median_ms']:.1f} | {factor} |" + f" {memory} |" * (not kept))
+    return "\n".join(lines)
+
+
+def _results(folder: str, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def _machine(folder: str) -> str:
+    environment = (RESULTS / folder / "environment.txt").read_text().splitlines()
+    return dict(line.split(": ", 1) for line in environment)["cpu"].split(",")[0]
+
+
+def head_table() -> str:
+    """Forward + backward through the head: milliseconds and times the bare GEMMs, by shape and dtype, as Markdown."""
+    rows = [r for r in _results(MACHINE, "linear_token_stats") if r["work"] == "head"]
+    shapes = list(dict.fromkeys((r["rows"], r["width"], r["vocabulary"], r["dtype"]) for r in rows))
+    first = rows[0]
+    repeats = sorted({r["repeats"] for r in rows})
+    lines = [
+        f"{_machine(MACHINE)}, {first['threads']} threads, torch {first['torch']}, medians of {repeats[0]}; milliseconds "
+        "(times the bare GEMMs that the work needs).",
+        "",
+        "| | bare GEMMs | " + " | ".join(f"N={n} H={h} V={v} {d}" for n, h, v, d in shapes) + " |",
+        "|---|---:|" + "---:|" * len(shapes),
+    ]
+    for name in dict.fromkeys(r["name"] for r in rows):
+        of_name = {(r["rows"], r["width"], r["vocabulary"], r["dtype"]): r for r in rows if r["name"] == name}
+        cells = []
+        for shape in shapes:
+            r = of_name[shape]
+            cells.append(f"{r['median_ms']:.0f}" + (f" ({r['of_bare']:.2f})" if "of_bare" in r else ""))
+        bare = next(iter(of_name.values()))["bare"]
+        lines.append(f"| {name} | {bare} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def logits_table() -> str:
+    """weighted_logp against token_stats, with both allocators, as Markdown."""
+    lines = ["| | ms, kept memory | of token_stats | ms, fresh memory | of token_stats |", "|---|---:|---:|---:|---:|"]
+    kept, fresh = (
+        [r for r in _results(folder, "linear_token_stats") if r["work"] == "on logits"] for folder in (MACHINE, FRESH)
+    )
+    for a, b in zip(kept, fresh, strict=True):
+        cells = (f"{r['median_ms']:.1f} | {r['of_two_passes']:.2f}" for r in (a, b))
+        lines.append(f"| {a['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def sequence_gradients_table() -> str:
+    """A whole step with exact norms against a plain one, as Markdown; memory from the run with fresh memory."""
+    rows = _results(MACHINE, "sequence_gradients")
+    fresh = {(r["name"], r["batch"], r["length"]): r for r in _results(FRESH, "sequence_gradients")}
+    shapes = list(dict.fromkeys((r["batch"], r["length"]) for r in rows))
+    headings = (f"B={b} T={t}, ms (times plain) | MiB beyond gradients" for b, t in shapes)
+    lines = ["| | " + " | ".join(headings) + " |", "|---|" + "---:|---:|" * len(shapes)]
+    for name in dict.fromkeys(r["name"] for r in rows):
+        cells = []
+        for shape in shapes:
+            r = next(r for r in rows if r["name"] == name and (r["batch"], r["length"]) == shape)
+            memory = fresh[name, *shape]["peak_extra_mib"]
+            cells.append(f"{r['median_ms']:.0f} ({r['of_plain']:.2f}) | {memory:.0f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -123,6 +189,7 @@ def filled(text: str, parts: dict[str, str]) -> str:
 def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = False) -> None:
     """Fill the pages from the results, and draw the README's picture."""
     tables = {name: token_stats_table(RESULTS / folder) for name, folder in TABLES.items()}
+    tables |= {"head": head_table(), "weighted_logp": logits_table(), "sequence_gradients": sequence_gradients_table()}
     pages = {
         README: filled(README.read_text(), {"async_lab": lab_table(LAG), **tables}),
         LAB: filled(LAB.read_text(), {f"lag {lag}": lab_table(lag) for lag in LAGS}),

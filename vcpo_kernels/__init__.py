@@ -5,8 +5,10 @@ from vcpo_kernels.backends.registry import use_backend
 from vcpo_kernels.baselines import off_policy_baseline
 from vcpo_kernels.linear_token_stats import linear_token_stats
 from vcpo_kernels.linear_weighted_logp import linear_weighted_logp
+from vcpo_kernels.opob_accumulator import OPOBAccumulator
 from vcpo_kernels.patch_head import HeadOutput, patch_head
 from vcpo_kernels.segments import Segments
+from vcpo_kernels.sequence_gradients import SequenceGradients
 from vcpo_kernels.step_size import EssLearningRate
 from vcpo_kernels.token_stats import TokenStats, token_stats
 from vcpo_kernels.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
@@ -17,7 +19,9 @@ __all__ = [
     "EffectiveSampleSize",
     "EssLearningRate",
     "HeadOutput",
+    "OPOBAccumulator",
     "Segments",
+    "SequenceGradients",
     "TokenStats",
     "VCPOConfig",
     "VCPOOutput",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks, _head, _head_inputs, _rows
+from vcpo_kernels import _checks, _deferred, _head, _head_inputs, _rows
 from vcpo_kernels._head import Head
 from vcpo_kernels._library import LIBRARY, qualified
 from vcpo_kernels.backends import registry
@@ -83,13 +83,18 @@ def linear_token_stats(
     chunk_bytes = _checks.integer(where, "chunk_bytes", chunk_bytes, 1)
     if fast_bytes is not None:
         fast_bytes = _checks.integer(where, "fast_bytes", fast_bytes, 0)
+    parameters, deferral = (weight, bias), _deferred.deferral_of(weight, bias)
     hidden, weight, bias, token_ids, mask, temperature, softcap = _head_inputs.checked(
         where, hidden, weight, token_ids, bias, mask, temperature, softcap, shift
     )
-    outputs = torch.ops.vcpo_kernels.linear_token_stats(
-        hidden, weight, bias, token_ids, mask, temperature, softcap, shift,
-        memory, chunk_bytes, fast_bytes, *_head_inputs.needs_grad(hidden, weight, bias),
+    arguments = (
+        hidden, weight, bias, token_ids, mask, temperature, softcap, shift, memory, chunk_bytes, fast_bytes
     )  # fmt: skip
+    if deferral is not None:
+        outputs = deferral.linear_token_stats(parameters, *arguments)
+    else:
+        needs = _head_inputs.needs_grad(hidden, weight, bias)
+        outputs = torch.ops.vcpo_kernels.linear_token_stats(*arguments, *needs)
     logp, entropy, score_sqnorm, lse = outputs[:4]
     return TokenStats(logp, entropy, score_sqnorm.detach(), lse.detach(), shift)
 
@@ -130,7 +135,7 @@ def _linear_token_stats(
     with _head_inputs.no_autocast(hidden):
         if (needs_weight or needs_bias) and _takes_fast(head, memory, fast_bytes):
             kept = _head.empty_large((head.rows, head.vocabulary), hidden)
-            _scores_of_all(head, kept, chunk_bytes, stats, targets)
+            _scores_of_all(head, kept, stats, targets)
         elif needs_hidden and not (needs_weight or needs_bias):
             kept = hidden.new_empty(head.rows, hidden.shape[-1])
             _scores_by_weight(head, kept, chunk_bytes, stats, targets)
@@ -147,12 +152,12 @@ def _takes_fast(head: Head, memory: str, fast_bytes: int | None) -> bool:
     return size <= (_head.free_bytes(head.hidden.device) // 2 if fast_bytes is None else fast_bytes)
 
 
-def _scores_of_all(head: Head, scores: Tensor, chunk_bytes: int, stats: list[Tensor], targets: Tensor) -> None:
-    """scores [M, V], written: chunks of rows, so that each is still in the cache when the row kernel comes to it."""
-    for rows in _head.spans(head.rows, _head.rows_per_chunk(head, chunk_bytes)):
-        logits = head.logits(scores[rows], rows)
-        targets[rows] = _head.target_logits(head, logits, rows)
-        _head.row_scores_(head, logits, rows, None, stats)
+def _scores_of_all(head: Head, scores: Tensor, stats: list[Tensor], targets: Tensor) -> None:
+    """scores [M, V], written by one GEMM: libraries rearrange the weight once per call, which chunks would multiply."""
+    every = slice(0, head.rows)
+    head.logits(scores)
+    targets[every] = _head.target_logits(head, scores, every)
+    _head.row_scores_(head, scores, every, None, stats)
 
 
 def _scores_by_weight(head: Head, product: Tensor, chunk_bytes: int, stats: list[Tensor], targets: Tensor) -> None:
@@ -169,25 +174,16 @@ def _linear_token_stats_backward(
     grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: float, softcap: float | None, shift: bool,
     chunk_bytes: int, needs_hidden: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    at = entries if len(entries) else None
-    head = _head.gathered(hidden, weight, bias, token_ids, mask, at, temperature, softcap, shift)
-    live = _rows.counts(token_ids, mask, shift)
-
-    def rows(value: Tensor | None, of_live: bool = False) -> Tensor:
-        value = torch.zeros_like(logp) if value is None else value
-        return _head.live_values(value if live is None or not of_live else torch.where(live, value, 0.0), at)
-
-    h = None if grad_entropy is None else rows(grad_entropy, of_live=True)
-    saved = Saved(rows(logp), rows(entropy), rows(lse), rows(target_logit), rows(grad_logp, of_live=True), h)
-    index = None if _head.capturing(hidden) else _rows_with_gradient(saved)
-    if index is not None:
-        head, saved, at = head.selected(index), saved.selected(index), index if at is None else at[index]
+    head, saved, index, at = taking_part(
+        (hidden, weight, bias, token_ids, mask), (logp, entropy, lse, target_logit), entries,
+        grad_logp, grad_entropy, temperature, softcap, shift,
+    )  # fmt: skip
     needs = (needs_hidden, needs_weight, needs_bias)
     with _head_inputs.no_autocast(hidden):
         if saved.h is not None or not kept.numel():
-            d = _head.gradients(head, _recomputed(head, saved, chunk_bytes), needs, head.hidden)
+            d = _head.gradients(head, recomputed(head, saved, chunk_bytes), needs, head.hidden)
         elif needs_weight or needs_bias:
-            d = _from_scores(head, kept, index, saved.g, chunk_bytes, needs)
+            d = from_scores(head, kept, index, saved.g, chunk_bytes, needs)
         else:
             product = kept if index is None else kept[index]
             d = ((product * saved.g[:, None]).to(hidden.dtype), hidden.new_empty(0), hidden.new_empty(0))
@@ -212,6 +208,38 @@ class Saved:
         return Saved(logp, entropy, lse, target_logit, g, None if self.h is None else self.h[index])
 
 
+def taking_part(
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor],
+    entries: Tensor,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> tuple[Head, Saved, Tensor | None, Tensor | None]:
+    """Of a backward: the head and saved values of the rows with a gradient, which of the forward's rows these are (None:
+    all), and their flat indices into token_ids (None: all).
+
+    operands: hidden, weight, bias, token_ids, mask. statistics: logp, entropy, lse, target_logit.
+    """
+    token_ids, mask = operands[3:]
+    at = entries if len(entries) else None
+    head = _head.gathered(*operands, at, temperature, softcap, shift)
+    live = _rows.counts(token_ids, mask, shift)
+
+    def rows(value: Tensor | None, of_live: bool = False) -> Tensor:
+        value = torch.zeros_like(statistics[0]) if value is None else value
+        return _head.live_values(value if live is None or not of_live else torch.where(live, value, 0.0), at)
+
+    h = None if grad_entropy is None else rows(grad_entropy, of_live=True)
+    saved = Saved(*(rows(s) for s in statistics), g=rows(grad_logp, of_live=True), h=h)
+    index = None if _head.capturing(token_ids) else _rows_with_gradient(saved)
+    if index is not None:
+        head, saved, at = head.selected(index), saved.selected(index), index if at is None else at[index]
+    return head, saved, index, at
+
+
 def _rows_with_gradient(saved: Saved) -> Tensor | None:
     """Indices [m] of the rows whose upstream gradient is not exactly 0; None where that is all of them."""
     active = saved.g != 0  # so is a NaN, which goes on to where it shows
@@ -221,17 +249,22 @@ def _rows_with_gradient(saved: Saved) -> Tensor | None:
     return None if len(index) == len(active) else index
 
 
-def _recomputed(head: Head, saved: Saved, chunk_bytes: int) -> _head.Blocks:
+def recomputed(head: Head, saved: Saved, chunk_bytes: int) -> _head.Blocks:
     """d logits by blocks of the vocabulary, in one reused buffer."""
-    backend = registry.select("token_stats", head.hidden.device, head.hidden.dtype)
     for entries, block in _head.vocabulary_blocks(head, chunk_bytes):
-        head.logits(block, entries=entries)
-        backend.backward(
-            block[None], block[None], head.token_ids[None] - entries.start, _batched(head.mask),
-            *(_batched(t) for t in (saved.logp, saved.entropy, saved.lse, saved.g, saved.h)),
-            target_logits=_batched(saved.target_logit), **head.settings,
-        )  # fmt: skip
+        recompute_block(head, saved, entries, block)
         yield entries, block
+
+
+def recompute_block(head: Head, saved: Saved, entries: slice, block: Tensor) -> None:
+    """d logits of some entries of the vocabulary, into block [M, entries]."""
+    backend = registry.select("token_stats", head.hidden.device, head.hidden.dtype)
+    head.logits(block, entries=entries)
+    backend.backward(
+        block[None], block[None], head.token_ids[None] - entries.start, _batched(head.mask),
+        *(_batched(t) for t in (saved.logp, saved.entropy, saved.lse, saved.g, saved.h)),
+        target_logits=_batched(saved.target_logit), **head.settings,
+    )  # fmt: skip
 
 
 def _batched(values: Tensor | None) -> Tensor | None:
@@ -239,7 +272,7 @@ def _batched(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()[None]
 
 
-def _from_scores(
+def from_scores(
     head: Head, scores: Tensor, index: Tensor | None, g: Tensor, chunk_bytes: int, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From S [M, V]: d hidden = g (S W), d weight = S^T (g hidden). Of the rows of `index` alone, where given."""

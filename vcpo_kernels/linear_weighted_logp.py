@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks, _head, _head_inputs, _rows, _scale
+from vcpo_kernels import _checks, _deferred, _head, _head_inputs, _rows, _scale
 from vcpo_kernels._head import Head, Sum
 from vcpo_kernels._library import LIBRARY, qualified
 from vcpo_kernels.token_stats import TokenStats
@@ -65,6 +65,7 @@ def linear_weighted_logp(
     """
     where = "linear_weighted_logp"
     chunk_bytes = _checks.integer(where, "chunk_bytes", chunk_bytes, 1)
+    _deferred.refuse(where, "linear_token_stats, and accumulate_ with the coefficients", weight, bias)
     hidden, weight, bias, token_ids, mask, temperature, softcap = _head_inputs.checked(
         where, hidden, weight, token_ids, bias, mask, temperature, softcap, shift
     )

@@ -21,6 +21,7 @@ import torch
 ROW_OPS = frozenset({"token_stats", "score_rows"})
 SEQUENCE_OPS = frozenset({"segment_sum", "segment_spread", "vcpo_coefficients"})
 GRADIENT_OPS = frozenset({"scale"})
+NORM_OPS = frozenset({"outer_sqnorm"})
 
 HALF_AND_SINGLE = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
@@ -74,7 +75,7 @@ BACKENDS: dict[str, Backend] = {
     for b in (
         Backend(
             name="reference",
-            ops=ROW_OPS | SEQUENCE_OPS | GRADIENT_OPS,
+            ops=ROW_OPS | SEQUENCE_OPS | GRADIENT_OPS | NORM_OPS,
             devices=None,
             dtypes=HALF_AND_SINGLE | {torch.float64},
             probe=lambda: None,
@@ -88,7 +89,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name="triton",
-            ops=ROW_OPS | SEQUENCE_OPS | GRADIENT_OPS,
+            ops=ROW_OPS | SEQUENCE_OPS | GRADIENT_OPS | NORM_OPS,
             devices=frozenset({"cuda"}),
             dtypes=HALF_AND_SINGLE,
             probe=triton_problem,

@@ -10,21 +10,7 @@ from torch import Tensor
 from vcpo_kernels import baselines, weights
 from vcpo_kernels.backends.reference import segment_sum
 from vcpo_kernels.segments import without_first
-from vcpo_kernels.vcpo_coefficients import SequenceResults, usable_below
-
-
-def aggregation_scale(
-    aggregation: str, lengths: Tensor, num_sequences: Tensor, num_tokens: Tensor, max_tokens: float | None
-) -> Tensor:
-    """k_i [B] float64. A sequence without tokens gets a finite number; its coefficient is 0 all the same."""
-    if aggregation == "token-mean":
-        return (1 / num_tokens.clamp(min=1)).expand_as(lengths)
-    per_sequence = {
-        "seq-mean-token-mean": lengths.clamp(min=1),
-        "seq-mean-token-sum": torch.ones_like(lengths),
-        "seq-mean-token-sum-norm": torch.full_like(lengths, max_tokens or 1.0),
-    }[aggregation]
-    return 1 / (num_sequences.clamp(min=1) * per_sequence)
+from vcpo_kernels.vcpo_coefficients import SequenceResults, aggregation_scale, usable_below
 
 
 def forward(

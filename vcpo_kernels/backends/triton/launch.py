@@ -42,6 +42,15 @@ class SequenceLaunch:
 
 
 @dataclass(frozen=True)
+class OuterLaunch:
+    """A program of outer_sqnorm forms a [tile, tile] product, `depth` of the summed dimension at a time."""
+
+    tile: int
+    depth: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class Launches:
     """Everything one architecture needs."""
 
@@ -52,6 +61,7 @@ class Launches:
     score_softcap: RowLaunch
     sequence: SequenceLaunch
     scale: SequenceLaunch
+    outer: OuterLaunch
 
 
 # Four 16-byte loads per thread keep 64 bytes x 1024 threads = 64 KB per multiprocessor in flight at 64
@@ -74,6 +84,7 @@ _COMMON = Launches(
     score_softcap=RowLaunch(vectors=1, num_warps=32),
     sequence=SequenceLaunch(block=512, num_warps=4),
     scale=SequenceLaunch(block=4096, num_warps=8),
+    outer=OuterLaunch(tile=64, depth=32, num_warps=4),
 )
 LAUNCHES: dict[tuple[int, int], Launches] = {(8, 0): _COMMON, (9, 0): _COMMON, (10, 0): _COMMON}
 

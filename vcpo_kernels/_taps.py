@@ -1,0 +1,201 @@
+"""Taps: modules that leave their inputs and output gradients instead of forming their weights' gradients.
+
+Layer: tokens. A tap swaps a module's parameters for detached ones during its forward, so that autograd has no weight
+gradient to form, and passes the output through an identity whose backward sees the output's gradient. What the two make
+of a parameter's gradient is the module's rule: `rule_of` has the table. Works under activation checkpointing, since
+inputs are kept by `save_for_backward`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vcpo_kernels._layout import Layout, wide
+from vcpo_kernels._per_sequence import Dense, Lookup, ParameterGradient, Product
+
+Gradients = dict[str, ParameterGradient]  # of a module's own parameters that take part, by their names in it
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one kind of module is tapped.
+
+    parameters: the names it may have. record: (module, where, layout, input, output gradient, gradients) adds the uses.
+    """
+
+    parameters: frozenset[str]
+    record: Callable[[nn.Module, str, Layout, Tensor, Tensor, Gradients], None]
+
+
+def _linear(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+    """y = x W^T + b: dW = sum_t grad_t x_t^T, db = sum_t grad_t."""
+    spans, (g, a) = layout.arranged(where, grad, x.to(grad.dtype))
+    if "weight" in into:
+        into["weight"].products.append(Product(Dense(g), a, spans))
+    if "bias" in into:
+        into["bias"].add_whole(spans.sums(g))
+
+
+def _conv1d(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+    """transformers' Conv1D, y = x W + b: its weight is a Linear's transposed."""
+    spans, (g, a) = layout.arranged(where, grad, x.to(grad.dtype))
+    if "weight" in into:
+        into["weight"].products.append(Product(Dense(a), g, spans))
+    if "bias" in into:
+        into["bias"].add_whole(spans.sums(g))
+
+
+def _embedding(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+    """y_t = W[x_t], times a scale where the module has one; padding_idx takes no gradient."""
+    spans, (g, ids) = layout.arranged(where, grad, x.unsqueeze(-1))
+    ids = ids[:, 0].to(torch.int64)
+    scale = getattr(module, "embed_scale", None)
+    if scale is not None:
+        g = g * torch.as_tensor(scale, device=g.device).to(g.dtype)
+    if module.padding_idx is not None:
+        g = torch.where((ids == module.padding_idx)[:, None], 0.0, g)
+    into["weight"].lookups.append(Lookup(ids, g, spans))
+
+
+def _elementwise(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+    """y = f(x) w + rest(x) + b, whatever f is: f(x) is what a weight of 1 adds to a weight of 0."""
+    spans, (g, a) = layout.arranged(where, grad, x)
+    if "weight" in into:
+        normalized = _with_weight(module, a, 1.0) - _with_weight(module, a, 0.0)
+        dtype = wide(g.dtype)
+        into["weight"].add_whole(spans.sums(g.to(dtype) * normalized.to(dtype)))
+    if "bias" in into:
+        into["bias"].add_whole(spans.sums(g))
+
+
+@torch.no_grad()
+def _with_weight(module: nn.Module, x: Tensor, weight: float | Tensor) -> Tensor:
+    """The module's output with this weight and no bias, its hooks aside."""
+    own = dict(module._parameters)
+    try:
+        for name, parameter in own.items():
+            if parameter is not None:
+                value = weight if name == "weight" else 0.0
+                module._parameters[name] = torch.zeros_like(parameter).add_(value)  # type: ignore[assignment]
+        output: Tensor = type(module).forward(module, x)
+        return output
+    finally:
+        module._parameters.update(own)
+
+
+LINEAR = Rule(frozenset({"weight", "bias"}), _linear)
+CONV1D = Rule(frozenset({"weight", "bias"}), _conv1d)
+EMBEDDING = Rule(frozenset({"weight"}), _embedding)
+ELEMENTWISE = Rule(frozenset({"weight", "bias"}), _elementwise)
+
+_FORWARDS: dict[Any, Rule] = {nn.Linear.forward: LINEAR, nn.Embedding.forward: EMBEDDING}
+_CLASSES: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": CONV1D}
+_NORM = re.compile(r"(RMSNorm|LayerNorm)$")  # of any library, once a probe has shown it to be what the name says
+_SCALED_EMBEDDING = re.compile(r"ScaledWordEmbedding$")  # Gemma-3's and Bart's kin: an nn.Embedding times embed_scale
+
+
+def rule_of(module: nn.Module) -> Rule | str:
+    """The rule for a module with parameters of its own, or why there is none."""
+    kind = type(module)
+    rule = _FORWARDS.get(kind.forward) or _CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
+    if rule is None and isinstance(module, nn.Embedding) and _SCALED_EMBEDDING.search(kind.__name__):
+        rule = EMBEDDING if hasattr(module, "embed_scale") else None
+    if rule is None and _NORM.search(kind.__name__):
+        rule = ELEMENTWISE if _scales_elementwise(module) else None
+    if rule is None:
+        return "no rule for this kind of module"
+    unknown = {n for n, p in module._parameters.items() if p is not None} - rule.parameters
+    if unknown:
+        return f"no rule for its {', '.join(sorted(unknown))}"
+    if rule is EMBEDDING and (module.sparse or module.scale_grad_by_freq):
+        return "sparse and scale_grad_by_freq give gradients that are not a sum over tokens"
+    return rule
+
+
+def _scales_elementwise(module: nn.Module) -> bool:
+    """Whether the output is affine in a 1-D weight, entry by entry, on a probe."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 1 or any(p is not None and p.shape != weight.shape for p in module.parameters()):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, weight.numel(), generator=generator).to(weight) for n in (3, 1))
+    try:
+        zero, one, got = (_with_weight(module, x, value) for value in (0.0, 1.0, w[0].detach()))
+    except Exception:  # a norm over other dimensions than the last refuses the probe
+        return False
+    tolerance = 8 * torch.finfo(weight.dtype).eps
+    want = zero + (one - zero) * w
+    return bool(got.shape == x.shape) and torch.allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity. Its backward hands the output's gradient over, and gives the parameters none.
+
+    The parameters are inputs so that the output asks for a gradient even where nothing before it does.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, record: Callable[[Tensor, Tensor], None], *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.record, ctx.count = record, len(parameters)
+        ctx.set_materialize_grads(False)
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if grad is not None:
+            ctx.record(ctx.saved_tensors[0], grad)
+        return (grad, *(None,) * (2 + ctx.count))
+
+
+@dataclass
+class Tap:
+    """A module under its rule. record: called in the backward with (tap, input, output gradient)."""
+
+    module: nn.Module
+    name: str
+    rule: Rule
+    deferred: tuple[str, ...]  # the module's own parameters that take part
+    record: Callable[[Tap, Tensor, Tensor], None]
+    batch_shape: Callable[[], tuple[int, ...] | None]
+    _kept: dict[str, nn.Parameter | None] | None = None
+
+    def install(self) -> list[Any]:
+        """Hooks, to be removed by whoever installs them."""
+        return [
+            self.module.register_forward_pre_hook(self._swap),
+            self.module.register_forward_hook(self._tap, prepend=True, with_kwargs=True, always_call=True),
+        ]
+
+    def _swap(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self._kept = {name: module._parameters[name] for name in self.deferred}
+            for name, parameter in self._kept.items():
+                module._parameters[name] = parameter.detach()  # type: ignore[union-attr, assignment]
+
+    def _tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        kept, self._kept = self._kept, None
+        if kept is None:
+            return output
+        module._parameters.update(kept)
+        if not isinstance(output, Tensor):  # the forward raised
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        output, x = self._own_row_each(output, x)
+        if self.rule in (LINEAR, CONV1D) and x.dtype != output.dtype:
+            x = x.to(output.dtype)  # under autocast, what a plain backward would keep
+        return _Tap.apply(output, x.detach(), lambda x, g: self.record(self, x, g), *kept.values())
+
+    def _own_row_each(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Position embeddings are looked up once for all sequences: their gradients would arrive added up."""
+        shape = self.batch_shape()
+        if self.rule is EMBEDDING and shape is not None and x.shape == (1, *shape[1:]) and shape[0] != 1:
+            return output.expand(*shape, output.shape[-1]), x.expand(shape)
+        return output, x

@@ -1,0 +1,86 @@
+"""outer_sqnorm: squared norm of each sequence's sum of outer products, ||sum_t left_t right_t^T||_F^2.
+
+Layer: tokens [N, P] x [N, Q] -> sequences [B]. It is the squared norm of a Linear layer's weight gradient, sequence by
+sequence, from the layer's output gradients and inputs. Two exact forms of one number:
+
+- "gram": sum_{t,s} (left_t . left_s) (right_t . right_s). T^2 (P + Q) multiplications, half of them by symmetry.
+- "tile": left^T right [P, Q] in tiles that are squared and dropped. T P Q multiplications.
+
+Neither stores a [P, Q].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels._library import LIBRARY, qualified
+from vcpo_kernels.backends import registry
+
+FORMS = ("gram", "tile", "auto")
+
+
+@dataclass(frozen=True)
+class FormCosts:
+    """What decides between the forms: T^2 (P + Q) gram_share + T^2 pair_cost against T P Q + P Q tile_cost.
+
+    gram_share: of the T^2 pairs, those that are formed. pair_cost, tile_cost: of squaring and adding one entry, in
+    multiplications of the GEMM.
+    """
+
+    gram_share: float
+    pair_cost: float
+    tile_cost: float
+
+    def form(self, length: float, p: int, q: int) -> str:
+        """The cheaper form for a sequence of `length` rows."""
+        gram = length**2 * ((p + q) * self.gram_share + self.pair_cost)
+        return "gram" if gram < p * q * (length + self.tile_cost) else "tile"
+
+
+def outer_sqnorm(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, form: str = "auto") -> Tensor:
+    """||sum of left_t right_t^T over t in [offsets[i], offsets[i + 1])||^2 of each sequence i.
+
+    Args:
+        left: [N, P], right: [N, Q], one floating dtype.
+        offsets: int64 [B + 1], ascending.
+        max_length: the longest sequence's rows (an upper bound will do).
+        form: "gram", "tile", or "auto" for the cheaper one.
+
+    Returns:
+        [B], fp32 (float64 for float64 in). Products of bf16 and fp16 are accumulated in fp32. Not differentiable.
+
+    >>> import torch
+    >>> from vcpo_kernels.outer_sqnorm import outer_sqnorm
+    >>> left, right = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1.0], [1.0], [2.0]])
+    >>> outer_sqnorm(left, right, torch.tensor([0, 2, 3]), 2)
+    tensor([ 9., 36.])
+    """
+    result: Tensor = torch.ops.vcpo_kernels.outer_sqnorm(left, right, offsets, max_length, form)
+    return result
+
+
+LIBRARY.define(
+    "outer_sqnorm(Tensor left, Tensor right, Tensor offsets, SymInt max_length, str form) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _outer_sqnorm(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, form: str) -> Tensor:
+    if form not in FORMS:
+        raise ValueError(f"outer_sqnorm: form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
+    backend = registry.select("outer_sqnorm", left.device, left.dtype)
+    result: Tensor = backend.forward(left, right, offsets, max_length, form)
+    return result
+
+
+def _fake(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, form: str) -> Tensor:
+    return left.new_empty(
+        offsets.shape[0] - 1, dtype=torch.float64 if left.dtype == torch.float64 else torch.float32
+    )
+
+
+LIBRARY.impl("outer_sqnorm", _outer_sqnorm, "CompositeExplicitAutograd")
+torch.library.register_fake(qualified("outer_sqnorm"), _fake, lib=LIBRARY)

@@ -1,0 +1,306 @@
+"""SequenceGradients: every sequence's exact gradient norm and the weighted gradient, from one forward and one backward.
+
+Layer: sequences [B]. The update sum_i c_i grad log pi(y_i) is linear in the sequences, and c_i enters the weight gradients
+alone. So the backward forms activation gradients only; every module leaves its input and output gradient (`_taps.py`);
+norms are taken from those (`_per_sequence.py`), the baseline and c from the norms, and only then the weights' gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vcpo_kernels import _checks, _deferred, _taps
+from vcpo_kernels._deferred_head import DeferredHead, HeadUse
+from vcpo_kernels._layout import Layout
+from vcpo_kernels._per_sequence import ParameterGradient, Product
+from vcpo_kernels.distributed_gradients import average_gradients
+from vcpo_kernels.segments import Segments
+from vcpo_kernels.weights import check_segments
+
+WHERE = "SequenceGradients"
+
+
+class SequenceGradients:
+    """A context in which a model's backward leaves each sequence's gradient apart, for exact norms and any weighted sum.
+
+    Costs the GEMMs of a plain step and the norms'. Kept until `accumulate_`: every tapped module's output gradient, beside
+    the inputs that a plain forward keeps too. No buffer of the parameters' size, whatever B is.
+
+    Exact where a row of activations depends on its own sequence alone: padded and packed batches of causal LMs, without
+    batch statistics. Handles Linear, Embedding, LayerNorm, RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA
+    makes of them, tied weights, `linear_token_stats` on the model's head (so `patch_head` too), activation checkpointing,
+    autocast, and DistributedDataParallel, whose gradients are averaged once, by `accumulate_`.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
+    >>> ids, rewards = torch.randint(0, 7, (4, 5)), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    >>> seg = vk.Segments.padded(torch.ones(4, 5))
+    >>> with vk.SequenceGradients(model) as grads:
+    ...     stats = vk.token_stats(model(ids), ids, shift=True)
+    ...     grads.backward(seg.sum(stats.logp), seg)  # activation gradients only
+    ...     config = vk.VCPOConfig(score_norm=grads.squared_norms())  # [4], exact
+    ...     out = vk.vcpo_loss(stats, stats.logp.detach(), rewards, 2, seg, config)
+    ...     grads.accumulate_(out.coefficients)  # param.grad += -sum_i c_i grad log pi(y_i)
+    >>> model[1].weight.grad.shape
+    torch.Size([7, 4])
+
+    Args:
+        model: the module that is called inside the context; its parameters that require gradients are all treated.
+
+    Raises:
+        TypeError: model is no module, is compiled, or its parameters are sharded.
+        ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{WHERE}: model must be an nn.Module, got {_checks.describe(model)}.")
+        self._wrapped = model
+        self._ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+        self._model: nn.Module = model.module if self._ddp else model
+        _check_eager_and_whole(self._model)
+        self._names = {p: name for name, p in self._model.named_parameters() if p.requires_grad}
+        self._rules = _rules(self._model)
+        self._exits = contextlib.ExitStack()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._batch_shape: tuple[int, ...] | None = None
+        self._layout: Layout | None = None
+        self._gradients: dict[Tensor, ParameterGradient] = {}
+        self._batches: list[tuple[int, dict[Tensor, ParameterGradient]]] = []
+
+    # --- the context -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> SequenceGradients:
+        if self in _deferred.active:
+            raise RuntimeError(f"{WHERE}: this context is entered already.")
+        if any(other.defers(p) for other in _deferred.active for p in self._names):
+            raise RuntimeError(f"{WHERE}: another SequenceGradients of the same parameters is active. Leave it first.")
+        with contextlib.ExitStack() as exits:
+            self._averages = self._ddp and bool(self._wrapped.require_backward_grad_sync)
+            if self._ddp:
+                exits.enter_context(self._wrapped.no_sync())  # type: ignore[operator]
+            hooks = [self._model.register_forward_pre_hook(self._see_batch, with_kwargs=True)]
+            for module, name, rule, deferred in self._rules:
+                tap = _taps.Tap(module, name, rule, deferred, self._record, lambda: self._batch_shape)
+                hooks += tap.install()
+            hooks += [p.register_hook(self._refuse_gradient(name)) for p, name in self._names.items()]
+            for hook in hooks:
+                exits.callback(hook.remove)
+            _deferred.active.append(self)
+            exits.callback(_deferred.active.remove, self)
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exits.close()
+        self._reset()
+
+    # --- public ------------------------------------------------------------------------------------------------------
+
+    def backward(self, per_sequence: Tensor, segments: Segments) -> None:
+        """Backpropagate one scalar per sequence, activation gradients only.
+
+        Several calls before `accumulate_` (micro-batches) append their sequences to each other.
+
+        Args:
+            per_sequence: [B], each entry a function of its own sequence: `segments.sum(stats.logp)` for log pi(y_i).
+            segments: the sequences of the batch that the model was called with, whole: whose row is whose is read off it,
+                the mask is not.
+
+        Raises:
+            TypeError, ValueError: naming the argument. RuntimeError: a module whose rows cannot be told apart by sequence,
+            tokens of no sequence that take a gradient, or a parameter that was used outside its own module's forward.
+        """
+        where = f"{WHERE}.backward"
+        self._check_active(where)
+        check_segments(where, segments)
+        _checks.tensor(where, "per_sequence", per_sequence, _checks.FLOAT_DTYPES)
+        fix = "One scalar per sequence: segments.sum(stats.logp)."
+        _checks.shape(where, "per_sequence", per_sequence, (segments.num_sequences,), "segments.num_sequences", fix)
+        if not per_sequence.requires_grad:
+            raise ValueError(
+                f"{where}: per_sequence has no gradient: it must come from a forward inside the context, under grad mode."
+            )
+        self._layout, self._gradients = Layout(segments), {}
+        try:
+            per_sequence.sum().backward()
+            self._batches.append((segments.num_sequences, self._gradients))
+        finally:
+            self._layout, self._gradients = None, {}
+
+    @torch.no_grad()
+    def squared_norms(self) -> Tensor:
+        """||grad_theta of per_sequence[i]||^2 over all trainable parameters: [B], fp32 (float64 for float64 parameters)."""
+        by_parameter = self.squared_norms_by_parameter()
+        norms = list(by_parameter.values())
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._names) else torch.float32
+        return torch.stack(norms).sum(0).to(dtype)
+
+    @torch.no_grad()
+    def squared_norms_by_parameter(self) -> dict[str, Tensor]:
+        """The terms of `squared_norms`, [B] float64 each, by the parameters' names in the model."""
+        self._check_batches(f"{WHERE}.squared_norms")
+        parts: dict[str, list[Tensor]] = {}
+        device = next(iter(self._names)).device
+        for count, gradients in self._batches:
+            for parameter, name in self._names.items():
+                gradient = gradients.get(parameter)
+                zeros = torch.zeros(count, dtype=torch.float64, device=device)
+                parts.setdefault(name, []).append(zeros if gradient is None else gradient.squared_norms().to(device))
+        return {name: torch.cat(norms) for name, norms in parts.items()}
+
+    @torch.no_grad()
+    def accumulate_(self, coefficients: Tensor) -> None:
+        """param.grad += -sum_i coefficients[i] grad per_sequence[i], and forget the batch.
+
+        With `vcpo_loss`'s coefficients and log pi(y_i) this is the gradient of its loss. Sequences with a coefficient of
+        exactly 0 take no part, NaN in their gradients included. Under DistributedDataParallel the gradients are averaged
+        over the ranks here, unless inside its `no_sync()`.
+
+        Args:
+            coefficients: [B], of all sequences since the last call.
+
+        Raises:
+            TypeError, ValueError: naming the argument. RuntimeError: no `backward` came before.
+        """
+        where = f"{WHERE}.accumulate_"
+        self._check_batches(where)
+        _checks.tensor(where, "coefficients", coefficients, _checks.FLOAT_DTYPES)
+        counts = [count for count, _ in self._batches]
+        _checks.shape(where, "coefficients", coefficients, (sum(counts),), "the sequences since the last accumulate_")
+        batches, self._batches = self._batches, []
+        for (_, gradients), part in zip(batches, coefficients.detach().split(counts), strict=True):
+            while gradients:
+                parameter, gradient = gradients.popitem()  # freed as soon as it is added
+                _add(parameter, gradient, -part)
+        if self._averages:
+            average_gradients(self._names, self._wrapped.process_group)
+
+    # --- what taps and the fused head call ---------------------------------------------------------------------------
+
+    def defers(self, parameter: Tensor) -> bool:
+        return parameter in self._names
+
+    def linear_token_stats(self, parameters: tuple[Tensor, Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
+        hidden, weight, bias, *rest = arguments
+        lead = tuple(hidden.shape[:-1])
+
+        def record(use: HeadUse) -> None:
+            self._record_head(parameters, lead, use)
+
+        deferred = [p for p in parameters if p is not None and self.defers(p)]
+        detached = None if bias is None else bias.detach()
+        outputs: tuple[Tensor, ...] = DeferredHead.apply(record, hidden, weight.detach(), detached, *rest, *deferred)
+        return outputs
+
+    def _record(self, tap: _taps.Tap, x: Tensor, grad: Tensor) -> None:
+        layout = self._layout_now(tap.name)
+        with torch.no_grad():
+            into = {name: self._gradient_of(tap.module._parameters[name]) for name in tap.deferred}  # type: ignore[arg-type]
+            tap.rule.record(tap.module, tap.name or type(tap.module).__name__, layout, x, grad, into)
+
+    def _record_head(self, parameters: tuple[Tensor, Tensor | None], lead: tuple[int, ...], use: HeadUse) -> None:
+        where = "linear_token_stats"
+        layout = self._layout_now(where)
+        layout.rows_per_token(where, lead)
+        permutation, spans = layout.places(use.positions)
+        owned = int(spans.offsets[-1])
+        if owned < len(permutation):
+            layout.check_nobodys(where, use.left.selected(permutation[owned:]).block(slice(0, use.left.width)))
+        sorted_ = bool((permutation[:owned] == torch.arange(owned, device=permutation.device)).all())
+        left = use.left if sorted_ and owned == len(permutation) else use.left.selected(permutation[:owned])
+        for parameter, right in zip(parameters, (use.hidden, use.factors), strict=True):
+            if parameter is not None and self.defers(parameter):
+                product = Product(left, right[permutation[:owned]], spans)
+                self._gradient_of(parameter).products.append(product)
+
+    def _gradient_of(self, parameter: Tensor) -> ParameterGradient:
+        return self._gradients.setdefault(parameter, ParameterGradient(self._names[parameter]))  # type: ignore[index]
+
+    def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2)
+        self._batch_shape = next((tuple(t.shape[:2]) for t in tensors), None)
+
+    def _refuse_gradient(self, name: str) -> Any:
+        def refuse(grad: Tensor | None) -> None:
+            if grad is not None:
+                raise RuntimeError(
+                    f"{WHERE}: parameter {name!r} takes a gradient outside its own module's forward (its tensor is used "
+                    "directly), of which nothing is known by sequence. Call the module, use linear_token_stats for a "
+                    "head, or use OPOBAccumulator."
+                )
+
+        return refuse
+
+    def _layout_now(self, name: str) -> Layout:
+        if self._layout is None:
+            raise RuntimeError(
+                f"{WHERE}: {name} was differentiated by a backward of its own. Inside the context call "
+                "grads.backward(per_sequence, segments) instead of loss.backward()."
+            )
+        return self._layout
+
+    def _check_active(self, where: str) -> None:
+        if self not in _deferred.active:
+            raise RuntimeError(f"{where}: call it inside `with SequenceGradients(model) as grads:`.")
+
+    def _check_batches(self, where: str) -> None:
+        self._check_active(where)
+        if not self._batches:
+            raise RuntimeError(f"{where}: no batch to work on. Call grads.backward(per_sequence, segments) first.")
+
+
+def _add(parameter: Tensor, gradient: ParameterGradient, coefficients: Tensor) -> None:
+    fresh = parameter.grad is None
+    if fresh:
+        parameter.grad = torch.empty_like(parameter)
+    assert parameter.grad is not None
+    gradient.add_to(parameter.grad, coefficients.to(parameter.device), fresh)
+
+
+def _check_eager_and_whole(model: nn.Module) -> None:
+    compiled = type(model).__name__ == "OptimizedModule" or any(
+        getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
+    )
+    if compiled:
+        raise TypeError(
+            f"{WHERE}: {type(model).__name__} is compiled, and a compiled graph has no modules to tap. Pass the model before "
+            "torch.compile, or use OPOBAccumulator."
+        )
+    for name, p in model.named_parameters():
+        if hasattr(p, "full_tensor") or type(p).__name__ == "FlatParameter":
+            raise TypeError(
+                f"{WHERE}: parameter {name!r} is sharded ({type(p).__name__}); whole parameters are needed. "
+                "Use DistributedDataParallel, or OPOBAccumulator."
+            )
+
+
+def _rules(model: nn.Module) -> list[tuple[nn.Module, str, _taps.Rule, tuple[str, ...]]]:
+    """Each module with trainable parameters of its own: module, name, rule, names of those parameters."""
+    found, problems = [], []
+    for name, module in model.named_modules():
+        own = tuple(n for n, p in module._parameters.items() if p is not None and p.requires_grad)
+        if not own:
+            continue
+        rule = _taps.rule_of(module)
+        if isinstance(rule, str):
+            problems.append(f"  {name or '(the model itself)'} ({type(module).__name__}; {', '.join(own)}): {rule}")
+        else:
+            found.append((module, name, rule, own))
+    if problems:
+        raise ValueError(
+            f"{WHERE}: no exact per-sequence gradients for these modules:\n" + "\n".join(problems) + "\n"
+            "Freeze their parameters (requires_grad_(False)), or use OPOBAccumulator, which takes any model."
+        )
+    if not found:
+        raise ValueError(f"{WHERE}: {type(model).__name__} has no parameter that requires a gradient.")
+    return found
