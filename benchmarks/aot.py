@@ -94,7 +94,7 @@ def row_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:
             yield _backward(dtype, table.backward, entropy)
         yield _score_rows(dtype, table.score)
         yield _scale(dtype, table.scale)
-        yield from _outer_sqnorm(dtype, table.outer)
+        yield from _outer_sqnorm(dtype, table.outer_fp32 if dtype == "fp32" else table.outer)
     yield _forward("bf16", table.forward_softcap, softcap=True)
     yield _backward("bf16", table.backward, True, softcap=True)
     yield _forward("bf16", table.forward, aligned=False)
@@ -177,7 +177,7 @@ def _outer_sqnorm(dtype: str, launch: OuterLaunch) -> Iterator[Kernel]:
     integers = ("p", "q", "left_stride", "right_stride", "num_rows", "pairs", "tiles", "across")
     types: dict[str, str | None] = {"partial_ptr": "*fp32", "left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}"}
     types |= {"offsets_ptr": "*i64"} | dict.fromkeys(integers, "i32")
-    constants = {"T": launch.tile, "K": launch.depth}
+    constants = {"T": launch.tile, "K": launch.depth, "WIDEN": False}
     for form, function in (("gram", outer_sqnorm.gram_kernel), ("tile", outer_sqnorm.tile_kernel)):
         yield Kernel(f"outer_sqnorm.{form}[{dtype}]", function, types, constants, launch.num_warps)
 

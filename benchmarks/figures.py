@@ -107,15 +107,17 @@ def logits_table() -> str:
 def sequence_gradients_table() -> str:
     """A whole step with exact norms against a plain one, as Markdown; memory from the run with fresh memory."""
     rows = _results(MACHINE, "sequence_gradients")
-    fresh = {(r["name"], r["batch"], r["length"]): r for r in _results(FRESH, "sequence_gradients")}
-    shapes = list(dict.fromkeys((r["batch"], r["length"]) for r in rows))
-    headings = (f"B={b} T={t}, ms (times plain) | MiB beyond gradients" for b, t in shapes)
+    fresh = {(r["name"], r["batch"], r["length"], r["prompt"]): r for r in _results(FRESH, "sequence_gradients")}
+    shapes = list(dict.fromkeys((r["batch"], r["length"], r["prompt"]) for r in rows))
+    headings = (
+        f"B={b} T={t}{f', {p} of them prompt' * bool(p)}: ms (times plain) | MiB beyond gradients" for b, t, p in shapes
+    )
     lines = ["| | " + " | ".join(headings) + " |", "|---|" + "---:|---:|" * len(shapes)]
     for name in dict.fromkeys(r["name"] for r in rows):
         cells = []
         for shape in shapes:
-            r = next(r for r in rows if r["name"] == name and (r["batch"], r["length"]) == shape)
-            memory = fresh[name, *shape]["peak_extra_mib"]
+            r = next(r for r in rows if r["name"] == name and (r["batch"], r["length"], r["prompt"]) == shape)
+            memory = fresh[(name, *shape)]["peak_extra_mib"]
             cells.append(f"{r['median_ms']:.0f} ({r['of_plain']:.2f}) | {memory:.0f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -201,11 +201,11 @@ def main(
     console.print(f"written to {target}")
 
 
-def sizes(text: str, option: str, count: int) -> list[int]:
-    """Positive integers from "1024,576,49152"."""
+def sizes(text: str, option: str, count: int, least: int = 1) -> list[int]:
+    """Integers from "1024,576,49152"."""
     parts = text.split(",")
-    if len(parts) != count or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-        raise typer.BadParameter(f"{option} must be {count} positive integers with commas between, got {text!r}")
+    if len(parts) != count or not all(p.strip().isdigit() and int(p) >= least for p in parts):
+        raise typer.BadParameter(f"{option} must be {count} integers >= {least} with commas between, got {text!r}")
     return [int(p) for p in parts]
 
 

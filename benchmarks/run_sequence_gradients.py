@@ -1,6 +1,6 @@
 """Exact per-sequence gradient norms: SequenceGradients against a plain step and against one trajectory at a time.
 
-    python -m benchmarks.run_sequence_gradients [--shape 16,256]
+    python -m benchmarks.run_sequence_gradients [--shape 16,256,0]
 
 Every way is verified against float64 per-sequence gradients first. Adds sequence_gradients.jsonl and .csv to --out.
 Needs transformers for the model, a Llama of four layers.
@@ -29,7 +29,7 @@ from benchmarks.run_linear import sizes, times
 from benchmarks.timing import Stopwatch, peak_extra_mib
 from vcpo_kernels import env
 
-SHAPES = ("16,256", "4,1024")
+SHAPES = ("16,256,0", "16,256,128", "4,1024,0")
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS = 32000, 512, 1376, 4, 8
 ERROR_BOUND = 2e-5  # relative, of squared norms and of the gradient, in fp32
 
@@ -39,7 +39,7 @@ console = Console(width=120)
 
 @dataclass(frozen=True)
 class Batch:
-    """ids [B, T], a mask of the second half as response, and one coefficient per sequence as vcpo_loss gives them."""
+    """ids [B, T], the mask of what follows the prompt, and one coefficient per sequence as vcpo_loss gives them."""
 
     model: nn.Module
     ids: Tensor
@@ -51,7 +51,7 @@ class Batch:
         return vk.Segments.padded(self.mask)
 
 
-def make_batch(batch: int, length: int, device: torch.device) -> Batch:
+def make_batch(batch: int, length: int, prompt: int, device: torch.device) -> Batch:
     import transformers
 
     config = transformers.LlamaConfig(
@@ -61,7 +61,7 @@ def make_batch(batch: int, length: int, device: torch.device) -> Batch:
     torch.manual_seed(0)
     model: nn.Module = transformers.LlamaForCausalLM(config).to(device)
     ids = torch.randint(0, VOCABULARY, (batch, length), device=device)
-    mask = (torch.arange(length, device=device) >= length // 2).expand(batch, length)
+    mask = (torch.arange(length, device=device) >= prompt).expand(batch, length)
     return Batch(model, ids, mask, torch.randn(batch, device=device) / batch)
 
 
@@ -198,7 +198,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 @app.command()
 def main(
-    shape: Annotated[list[str] | None, typer.Option(help="B,T; may be given more than once")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="B,T,prompt tokens among the T; may be given more than once")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     out: Annotated[Path | None, typer.Option(help="folder; default benchmarks/results/<device>")] = None,
@@ -209,10 +209,12 @@ def main(
     results: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
         for text in shape or SHAPES:
-            batch, length = sizes(text, "--shape", 2)
-            rows = measure(make_batch(batch, length, where), watch, progress)
-            console.print(table(rows, f"B={batch} T={length}, Llama {LAYERS} x {WIDTH}, V={VOCABULARY}, fp32, {where}"))
-            common = {"batch": batch, "length": length, "torch": torch.__version__, "threads": torch.get_num_threads()}
+            batch, length, prompt = sizes(text, "--shape", 3, least=0)
+            rows = measure(make_batch(batch, length, prompt, where), watch, progress)
+            title = f"B={batch} T={length}, {prompt} of them prompt, Llama {LAYERS} x {WIDTH}, V={VOCABULARY}, fp32, {where}"
+            console.print(table(rows, title))
+            common: dict[str, Any] = {"batch": batch, "length": length, "prompt": prompt, "threads": torch.get_num_threads()}
+            common["torch"] = torch.__version__
             results += [{**r, **common} for r in rows]
     target = out or Path("benchmarks/results") / device_slug(where)
     target.mkdir(parents=True, exist_ok=True)

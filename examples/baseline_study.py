@@ -163,10 +163,7 @@ def baseline(name: str, rewards: Tensor, m: Measured, on: Tensor) -> float:
     r = rewards[on].double()
     if name in ("mean", "leave-one-out"):
         return float(r.mean())
-    if name == "length":
-        a = m.lengths[on]
-    else:
-        a = m.weights[on].square() * m.norms[name][on]
+    a = m.lengths[on] if name == "length" else m.weights[on].square() * m.norms[name][on]
     return float((a * r).sum() / a.sum())
 
 

@@ -168,7 +168,7 @@ def test_output_feeds_the_ess_step() -> None:
 
 
 def test_arguments_and_order() -> None:
-    model, (ids, mask, mu, rewards) = token_model(), batch()
+    model, (ids, mask, mu, _) = token_model(), batch()
     config = vk.VCPOConfig(num_sequences=4)
     with pytest.raises(TypeError, match=r"(?s)params must be a torch.Tensor.*model.parameters\(\)"):
         vk.OPOBAccumulator(model.named_parameters(), config)

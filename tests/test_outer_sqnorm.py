@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vcpo_kernels.backends.reference.outer_sqnorm import COSTS
-from vcpo_kernels.outer_sqnorm import FormCosts, outer_sqnorm
+from vcpo_kernels.outer_sqnorm import FormCosts, outer_sqnorm, outer_sqnorms
 
 FORMS = ("gram", "tile", "auto")
 
@@ -78,6 +78,17 @@ def test_views_and_repeats_are_bitwise_equal() -> None:
         assert torch.equal(outer_sqnorm(wide[:, :16], right, offsets, 30, form), want)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_several_lefts_share_a_right(form: str) -> None:
+    """As each on its own would have it."""
+    left, right, offsets = batch((30, 0, 20), 16, 24, torch.float32)
+    lefts = [left, torch.randn(50, 5), left[:, :3]]
+    got = outer_sqnorms(lefts, right, offsets, 30, form)
+    assert got.shape == (3, 3)
+    for of_one, a in zip(got, lefts, strict=True):
+        assert_close(of_one, a, right, offsets)
+
+
 def test_no_sequences() -> None:
     assert outer_sqnorm(torch.zeros(0, 3), torch.zeros(0, 4), torch.tensor([0]), 0).shape == (0,)
 
@@ -100,4 +111,4 @@ def test_errors_name_the_form() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str) -> None:
     left, right, offsets = batch((4, 3), 5, 6, torch.float32)
-    torch.library.opcheck(torch.ops.vcpo_kernels.outer_sqnorm, (left, right, offsets, 4, form))
+    torch.library.opcheck(torch.ops.vcpo_kernels.outer_sqnorm, ([left, left[:, :2]], right, offsets, 4, form))

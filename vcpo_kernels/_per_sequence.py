@@ -7,15 +7,15 @@ before the square is taken, so that their cross terms are in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from vcpo_kernels._layout import Spans, wide
-from vcpo_kernels.outer_sqnorm import outer_sqnorm
+from vcpo_kernels.outer_sqnorm import outer_sqnorm, outer_sqnorms
 
 
 class Left(Protocol):
@@ -94,6 +94,36 @@ class Product:
             yield columns, self.left.block(columns)
 
 
+# Fewer rows than this share with a gradient, and copying them costs less than what they save in two products.
+LIVE_SHARE = 0.875
+
+
+def product_of(grad: Tensor, x: Tensor, spans: Spans, transposed: bool = False) -> Product:
+    """sum_t grad_t x_t^T (transposed: x_t grad_t^T), rows without a gradient left out where that pays.
+
+    Those are a masked prompt's in the head, and in the last layer all of its modules after the attention. Counting them
+    would make a GPU wait in every module; there the fused head, which leaves them out by the mask, is the way.
+    """
+    if grad.device.type == "cpu":
+        live = _rows_not_zero(grad)
+        before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
+        if int(before[-1]) < LIVE_SHARE * len(live):
+            offsets = before[spans.offsets]
+            spans = Spans(offsets, int(torch.diff(offsets).max()) if spans.num_sequences else 0, False)
+            grad, x = grad[live], x[live]
+    return Product(Dense(x), grad, spans) if transposed else Product(Dense(grad), x, spans)
+
+
+def _rows_not_zero(rows: Tensor) -> Tensor:
+    """Which of [R, P] hold anything but zeros; NaN is something. Most rows show it in their first entries: looking at all
+    of 4096 rows of 32,000 would cost 0.2 s.
+    """
+    live = rows[:, :64].any(1)
+    unsure = (~live).nonzero()[:, 0]
+    live[unsure] = rows[unsure].any(1)
+    return live
+
+
 @dataclass(frozen=True)
 class Lookup:
     """sum_t e_{ids_t} right_t^T over each sequence's rows: of an Embedding's table [P, Q]."""
@@ -115,38 +145,59 @@ class ParameterGradient:
     def add_whole(self, gradient: Tensor) -> None:
         self.whole = gradient if self.whole is None else self.whole + gradient
 
-    def squared_norms(self) -> Tensor:
-        """[B] float64."""
-        if self.whole is not None:
-            return self.whole.flatten(1).double().square().sum(1)
-        product, lookup = _one_product(self.products), _one_lookup(self.lookups)
-        spans = (product or lookup).spans  # type: ignore[union-attr]
-        total = torch.zeros(spans.num_sequences, dtype=torch.float64, device=spans.offsets.device)
-        if product is not None:
-            for columns, block in product.blocks():
-                right = product.right.to(block.dtype)
-                total += outer_sqnorm(block, right, product.spans.offsets, product.spans.max_length)
-                if lookup is not None:
-                    total += 2 * _cross(block, columns, right, product.spans, lookup)
-        return total if lookup is None else total + _lookup_sqnorm(lookup)
-
     def add_to(self, grad: Tensor, coefficients: Tensor, fresh: bool) -> None:
         """grad += sum_i coefficients[i] gradient_i. fresh: grad holds nothing yet.
 
         Sequences with a coefficient of 0 take no part, whatever their gradients are: NaN and inf included.
         """
-        if fresh:
+        if fresh and not self.products:
             grad.zero_()
         if self.whole is not None:
             c = coefficients.view(-1, *[1] * (self.whole.dim() - 1)).to(self.whole.dtype)
             grad += torch.where(c != 0, c * self.whole, 0.0).sum(0)
-        for product in self.products:
-            _add_product(grad, product, coefficients)
+        for k, product in enumerate(self.products):
+            _add_product(grad, product, coefficients, fresh and k == 0)
         for lookup in self.lookups:
             _add_lookup(grad, lookup, coefficients)
 
 
 # --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def squared_norms(gradients: Iterable[ParameterGradient]) -> dict[str, Tensor]:
+    """[B] float64 of each parameter, by its name. Products with one right factor between them go together."""
+    norms: dict[str, Tensor] = {}
+    alike: dict[Any, list[tuple[str, Product]]] = {}
+    for g in gradients:
+        plain = len(g.products) == 1 and not g.lookups and isinstance(g.products[0].left, Dense)
+        if plain:
+            right = g.products[0].right
+            alike.setdefault((right.data_ptr(), right.shape, right.stride(), right.dtype), []).append(
+                (g.name, g.products[0])
+            )
+        else:
+            norms[g.name] = _squared_norms(g)
+    for group in alike.values():
+        spans, right = group[0][1].spans, group[0][1].right
+        lefts = [product.left.block(slice(0, product.left.width)) for _, product in group]
+        found = outer_sqnorms([x.to(right.dtype) for x in lefts], right, spans.offsets, spans.max_length)
+        norms |= {name: n.double() for (name, _), n in zip(group, found, strict=True)}
+    return norms
+
+
+def _squared_norms(gradient: ParameterGradient) -> Tensor:
+    if gradient.whole is not None:
+        return gradient.whole.flatten(1).double().square().sum(1)
+    product, lookup = _one_product(gradient.products), _one_lookup(gradient.lookups)
+    spans = (product or lookup).spans  # type: ignore[union-attr]
+    total = torch.zeros(spans.num_sequences, dtype=torch.float64, device=spans.offsets.device)
+    if product is not None:
+        for columns, block in product.blocks():
+            right = product.right.to(block.dtype)
+            total += outer_sqnorm(block, right, product.spans.offsets, product.spans.max_length)
+            if lookup is not None:
+                total += 2 * _cross(block, columns, right, product.spans, lookup)
+    return total if lookup is None else total + _lookup_sqnorm(lookup)
 
 
 def _one_product(products: list[Product]) -> Product | None:
@@ -213,7 +264,7 @@ def _taking_part(spans: Spans, coefficients: Tensor) -> tuple[Tensor, Tensor | N
     return (of_rows, None) if len(rows) == len(of_rows) else (of_rows[rows], rows)
 
 
-def _add_product(grad: Tensor, product: Product, coefficients: Tensor) -> None:
+def _add_product(grad: Tensor, product: Product, coefficients: Tensor, fresh: bool) -> None:
     c, rows = _taking_part(product.spans, coefficients)
     if rows is not None:
         product = Product(product.left.selected(rows), product.right[rows], product.spans)
@@ -224,11 +275,13 @@ def _add_product(grad: Tensor, product: Product, coefficients: Tensor) -> None:
         product = Product(left, (right * c[:, None]).to(right.dtype), product.spans)
     grad = grad.unsqueeze(-1) if grad.dim() == 1 else grad  # a bias, whose right factors are [R, 1]
     for columns, block in product.blocks():
-        part = product.right.to(block.dtype)
+        part, into = product.right.to(block.dtype), grad[columns]
         if grad.dtype == block.dtype:
-            grad[columns].addmm_(block.T, part)
+            torch.addmm(into, block.T, part, beta=0 if fresh else 1, out=into)  # beta 0: what is there is not read
+        elif fresh:
+            into.copy_(block.T @ part)
         else:
-            grad[columns] += block.T @ part
+            into += block.T @ part
 
 
 def _add_lookup(grad: Tensor, lookup: Lookup, coefficients: Tensor) -> None:

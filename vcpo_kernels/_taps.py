@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vcpo_kernels._layout import Layout, wide
-from vcpo_kernels._per_sequence import Dense, Lookup, ParameterGradient, Product
+from vcpo_kernels._layout import Layout, Spans, wide
+from vcpo_kernels._per_sequence import Lookup, ParameterGradient, product_of
 
 Gradients = dict[str, ParameterGradient]  # of a module's own parameters that take part, by their names in it
 
@@ -37,7 +37,7 @@ def _linear(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tens
     """y = x W^T + b: dW = sum_t grad_t x_t^T, db = sum_t grad_t."""
     spans, (g, a) = layout.arranged(where, grad, x.to(grad.dtype))
     if "weight" in into:
-        into["weight"].products.append(Product(Dense(g), a, spans))
+        into["weight"].products.append(product_of(g, a, spans))
     if "bias" in into:
         into["bias"].add_whole(spans.sums(g))
 
@@ -46,7 +46,7 @@ def _conv1d(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tens
     """transformers' Conv1D, y = x W + b: its weight is a Linear's transposed."""
     spans, (g, a) = layout.arranged(where, grad, x.to(grad.dtype))
     if "weight" in into:
-        into["weight"].products.append(Product(Dense(a), g, spans))
+        into["weight"].products.append(product_of(g, a, spans, transposed=True))
     if "bias" in into:
         into["bias"].add_whole(spans.sums(g))
 
@@ -65,11 +65,24 @@ def _embedding(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: T
 
 def _elementwise(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """y = f(x) w + rest(x) + b, whatever f is: f(x) is what a weight of 1 adds to a weight of 0."""
-    spans, (g, a) = layout.arranged(where, grad, x)
+    _add_scaled(module, layout.arranged(where, grad, x), into, lambda a: _with_weight(module, a, 0.0))
+
+
+def _scaling(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+    """The same without a rest, as most are: one forward less."""
+    _add_scaled(module, layout.arranged(where, grad, x), into, lambda a: 0.0)
+
+
+def _add_scaled(
+    module: nn.Module,
+    arranged: tuple[Spans, list[Tensor]],
+    into: Gradients,
+    rest_of: Callable[[Tensor], Tensor | float],
+) -> None:
+    spans, (g, a) = arranged
     if "weight" in into:
-        normalized = _with_weight(module, a, 1.0) - _with_weight(module, a, 0.0)
-        dtype = wide(g.dtype)
-        into["weight"].add_whole(spans.sums(g.to(dtype) * normalized.to(dtype)))
+        scaled, dtype = _with_weight(module, a, 1.0) - rest_of(a), wide(g.dtype)
+        into["weight"].add_whole(spans.sums(g.to(dtype) * scaled.to(dtype)))
     if "bias" in into:
         into["bias"].add_whole(spans.sums(g))
 
@@ -93,6 +106,7 @@ LINEAR = Rule(frozenset({"weight", "bias"}), _linear)
 CONV1D = Rule(frozenset({"weight", "bias"}), _conv1d)
 EMBEDDING = Rule(frozenset({"weight"}), _embedding)
 ELEMENTWISE = Rule(frozenset({"weight", "bias"}), _elementwise)
+SCALING = Rule(frozenset({"weight", "bias"}), _scaling)
 
 _FORWARDS: dict[Any, Rule] = {nn.Linear.forward: LINEAR, nn.Embedding.forward: EMBEDDING}
 _CLASSES: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": CONV1D}
@@ -107,7 +121,7 @@ def rule_of(module: nn.Module) -> Rule | str:
     if rule is None and isinstance(module, nn.Embedding) and _SCALED_EMBEDDING.search(kind.__name__):
         rule = EMBEDDING if hasattr(module, "embed_scale") else None
     if rule is None and _NORM.search(kind.__name__):
-        rule = ELEMENTWISE if _scales_elementwise(module) else None
+        rule = _probed(module)
     if rule is None:
         return "no rule for this kind of module"
     unknown = {n for n, p in module._parameters.items() if p is not None} - rule.parameters
@@ -118,20 +132,22 @@ def rule_of(module: nn.Module) -> Rule | str:
     return rule
 
 
-def _scales_elementwise(module: nn.Module) -> bool:
-    """Whether the output is affine in a 1-D weight, entry by entry, on a probe."""
+def _probed(module: nn.Module) -> Rule | None:
+    """The rule of a norm: whether its output is affine in a 1-D weight entry by entry, and with what rest."""
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 1 or any(p is not None and p.shape != weight.shape for p in module.parameters()):
-        return False
+        return None
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, weight.numel(), generator=generator).to(weight) for n in (3, 1))
     try:
         zero, one, got = (_with_weight(module, x, value) for value in (0.0, 1.0, w[0].detach()))
     except Exception:  # a norm over other dimensions than the last refuses the probe
-        return False
+        return None
     tolerance = 8 * torch.finfo(weight.dtype).eps
     want = zero + (one - zero) * w
-    return bool(got.shape == x.shape) and torch.allclose(got, want, rtol=tolerance, atol=tolerance)
+    if got.shape != x.shape or not torch.allclose(got, want, rtol=tolerance, atol=tolerance):
+        return None
+    return ELEMENTWISE if bool(zero.any()) else SCALING
 
 
 class _Tap(torch.autograd.Function):

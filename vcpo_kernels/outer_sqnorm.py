@@ -11,6 +11,7 @@ Neither stores a [P, Q].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,28 +59,37 @@ def outer_sqnorm(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, 
     >>> outer_sqnorm(left, right, torch.tensor([0, 2, 3]), 2)
     tensor([ 9., 36.])
     """
-    result: Tensor = torch.ops.vcpo_kernels.outer_sqnorm(left, right, offsets, max_length, form)
+    return outer_sqnorms([left], right, offsets, max_length, form)[0]
+
+
+def outer_sqnorms(
+    lefts: Sequence[Tensor], right: Tensor, offsets: Tensor, max_length: int, form: str = "auto"
+) -> Tensor:
+    """outer_sqnorm of several lefts [N, P_k] beside one right, [K, B]: its part of the pairs is formed once.
+
+    Layers that read the same input (queries, keys and values; gate and up) have such gradients.
+    """
+    result: Tensor = torch.ops.vcpo_kernels.outer_sqnorm(lefts, right, offsets, max_length, form)
     return result
 
 
 LIBRARY.define(
-    "outer_sqnorm(Tensor left, Tensor right, Tensor offsets, SymInt max_length, str form) -> Tensor",
+    "outer_sqnorm(Tensor[] lefts, Tensor right, Tensor offsets, SymInt max_length, str form) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _outer_sqnorm(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, form: str) -> Tensor:
+def _outer_sqnorm(lefts: list[Tensor], right: Tensor, offsets: Tensor, max_length: int, form: str) -> Tensor:
     if form not in FORMS:
         raise ValueError(f"outer_sqnorm: form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
-    backend = registry.select("outer_sqnorm", left.device, left.dtype)
-    result: Tensor = backend.forward(left, right, offsets, max_length, form)
+    backend = registry.select("outer_sqnorm", right.device, right.dtype)
+    result: Tensor = backend.forward(lefts, right, offsets, max_length, form)
     return result
 
 
-def _fake(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, form: str) -> Tensor:
-    return left.new_empty(
-        offsets.shape[0] - 1, dtype=torch.float64 if left.dtype == torch.float64 else torch.float32
-    )
+def _fake(lefts: list[Tensor], right: Tensor, offsets: Tensor, max_length: int, form: str) -> Tensor:
+    dtype = torch.float64 if right.dtype == torch.float64 else torch.float32
+    return right.new_empty((len(lefts), offsets.shape[0] - 1), dtype=dtype)
 
 
 LIBRARY.impl("outer_sqnorm", _outer_sqnorm, "CompositeExplicitAutograd")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vcpo_kernels import _checks, _deferred, _taps
 from vcpo_kernels._deferred_head import DeferredHead, HeadUse
 from vcpo_kernels._layout import Layout
-from vcpo_kernels._per_sequence import ParameterGradient, Product
+from vcpo_kernels._per_sequence import ParameterGradient, Product, squared_norms
 from vcpo_kernels.distributed_gradients import average_gradients
 from vcpo_kernels.segments import Segments
 from vcpo_kernels.weights import check_segments
@@ -152,10 +152,10 @@ class SequenceGradients:
         parts: dict[str, list[Tensor]] = {}
         device = next(iter(self._names)).device
         for count, gradients in self._batches:
-            for parameter, name in self._names.items():
-                gradient = gradients.get(parameter)
-                zeros = torch.zeros(count, dtype=torch.float64, device=device)
-                parts.setdefault(name, []).append(zeros if gradient is None else gradient.squared_norms().to(device))
+            found = squared_norms(gradients.values())
+            zeros = torch.zeros(count, dtype=torch.float64, device=device)
+            for name in self._names.values():
+                parts.setdefault(name, []).append(found.get(name, zeros).to(device))
         return {name: torch.cat(norms) for name, norms in parts.items()}
 
     @torch.no_grad()

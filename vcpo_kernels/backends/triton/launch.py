@@ -62,6 +62,7 @@ class Launches:
     sequence: SequenceLaunch
     scale: SequenceLaunch
     outer: OuterLaunch
+    outer_fp32: OuterLaunch
 
 
 # Four 16-byte loads per thread keep 64 bytes x 1024 threads = 64 KB per multiprocessor in flight at 64
@@ -85,6 +86,7 @@ _COMMON = Launches(
     sequence=SequenceLaunch(block=512, num_warps=4),
     scale=SequenceLaunch(block=4096, num_warps=8),
     outer=OuterLaunch(tile=64, depth=32, num_warps=4),
+    outer_fp32=OuterLaunch(tile=64, depth=16, num_warps=8),  # multiplied without tensor cores: more registers each
 )
 LAUNCHES: dict[tuple[int, int], Launches] = {(8, 0): _COMMON, (9, 0): _COMMON, (10, 0): _COMMON}
 

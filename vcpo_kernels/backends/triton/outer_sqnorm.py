@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vcpo_kernels.backends import registry
 from vcpo_kernels.backends.triton.launch import FUSION, launches, on_device_of
 from vcpo_kernels.backends.triton.segment_sum import segment_range
 from vcpo_kernels.outer_sqnorm import FormCosts
@@ -22,7 +23,13 @@ COSTS = FormCosts(gram_share=0.55, pair_cost=2.0, tile_cost=2.0)
 
 
 @triton.jit
-def _rows_against(pointer, stride, rows, others, end, width, T: tl.constexpr, K: tl.constexpr):
+def _operand(x, WIDEN: tl.constexpr):
+    """As tl.dot takes it. WIDEN: under the interpreter, whose tl.dot multiplies the bits of bf16 as integers."""
+    return x.to(tl.float32) if WIDEN else x
+
+
+@triton.jit
+def _rows_against(pointer, stride, rows, others, end, width, T: tl.constexpr, K: tl.constexpr, WIDEN: tl.constexpr):
     """rows [T] times others [T], transposed: [T, T] fp32. Rows from `end` on are zeros."""
     total = tl.zeros([T, T], dtype=tl.float32)
     for start in range(0, width, K):
@@ -37,7 +44,7 @@ def _rows_against(pointer, stride, rows, others, end, width, T: tl.constexpr, K:
             mask=(others[:, None] < end) & (columns[None, :] < width),
             other=0.0,
         )
-        total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
+        total = tl.dot(_operand(a, WIDEN), tl.trans(_operand(b, WIDEN)), total, input_precision="ieee")
     return total
 
 
@@ -55,6 +62,7 @@ def gram_kernel(
     pairs,
     T: tl.constexpr,
     K: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     sequence, pair = program // pairs, (program % pairs).to(tl.int32)
@@ -67,8 +75,8 @@ def gram_kernel(
     total = 0.0
     if first + r * T < end:
         rows, others = first + r * T + tl.arange(0, T), first + s * T + tl.arange(0, T)
-        of_left = _rows_against(left_ptr, left_stride, rows, others, end, p, T, K)
-        of_right = _rows_against(right_ptr, right_stride, rows, others, end, q, T, K)
+        of_left = _rows_against(left_ptr, left_stride, rows, others, end, p, T, K, WIDEN)
+        of_right = _rows_against(right_ptr, right_stride, rows, others, end, q, T, K, WIDEN)
         total = tl.sum(tl.sum(of_left * of_right, axis=1), axis=0)
         total = tl.where(r == s, total, 2.0 * total)
     tl.store(partial_ptr + program, total)
@@ -89,6 +97,7 @@ def tile_kernel(
     across,  # tiles along Q
     T: tl.constexpr,
     K: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     sequence, tile = program // tiles, (program % tiles).to(tl.int32)
@@ -108,20 +117,24 @@ def tile_kernel(
             mask=(rows[:, None] < end) & (of_q[None, :] < q),
             other=0.0,
         )
-        total = tl.dot(tl.trans(a), b, total, input_precision="ieee")
+        total = tl.dot(tl.trans(_operand(a, WIDEN)), _operand(b, WIDEN), total, input_precision="ieee")
     tl.store(partial_ptr + program, tl.sum(tl.sum(total * total, axis=1), axis=0))
 
 
 def forward(
-    left: Tensor,  # [N, P]
+    lefts: list[Tensor],  # K of [N, P_k]
     right: Tensor,  # [N, Q]
     offsets: Tensor,  # [B + 1] int64
     max_length: int,
     form: str,
 ) -> Tensor:
-    """[B] fp32."""
+    """[K, B] fp32. Each left on its own: what they share would have to wait in memory for all of them."""
+    return torch.stack([_one(left, right, offsets, max_length, form) for left in lefts])
+
+
+def _one(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, form: str) -> Tensor:
     batch, p, q = offsets.numel() - 1, left.shape[1], right.shape[1]
-    launch = launches(left.device).outer
+    launch = launches(left.device).outer if left.element_size() == 2 else launches(left.device).outer_fp32
     size = launch.tile
     left, right = (x if x.stride(-1) == 1 else x.contiguous() for x in (left, right))
     chosen = COSTS.form(max_length, p, q) if form == "auto" else form
@@ -130,7 +143,8 @@ def forward(
     partial = torch.empty(batch, programs, dtype=torch.float32, device=left.device)
     if batch * programs:
         sizes = (p, q, left.stride(0), right.stride(0), left.shape[0], programs)
-        meta = {"T": size, "K": launch.depth, "num_warps": launch.num_warps, "enable_fp_fusion": FUSION}
+        meta = {"T": size, "K": launch.depth, "WIDEN": registry.triton_interpreted()}
+        meta |= {"num_warps": launch.num_warps, "enable_fp_fusion": FUSION}
         with on_device_of(left):
             if chosen == "gram":
                 gram_kernel[(batch * programs,)](partial, left, right, offsets, *sizes, **meta)
