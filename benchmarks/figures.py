@@ -16,8 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
+from examples import baseline_study
+
 RESULTS = Path("benchmarks/results")
-README, LAB = Path("README.md"), Path("docs/async_lab.md")
+README, LAB, STUDY = Path("README.md"), Path("docs/async_lab.md"), Path("docs/baseline_study.md")
 # Part of the README -> folder of RESULTS. "kept memory": glibc told by GLIBC_TUNABLES (mmap_threshold, trim_threshold) to
 # keep what is freed, so that nobody pays for fresh pages.
 TABLES = {
@@ -29,6 +31,7 @@ TABLES = {
 MACHINE = "amd-epyc-kept-memory"
 FRESH = "amd-epyc"  # the same machine with the allocator's defaults: what a call adds to resident memory
 PICTURE = Path("docs/figures/stability.png")
+STUDY_PICTURE = Path("docs/figures/baseline_study.png")
 LAGS, LAG, RATES = ("8", "32", "128"), "32", ("0.0001", "0.0003", "0.001")
 COLORS = {"seq-tis": "#d1495b", "vcpo": "#0b6ecf"}
 TITLES = {"seq-tis": "sequence truncated IS", "vcpo": "VCPO"}
@@ -107,7 +110,7 @@ def logits_table() -> str:
 def sequence_gradients_table() -> str:
     """A whole step with exact norms against a plain one, as Markdown; memory from the run with fresh memory."""
     rows = _results(MACHINE, "sequence_gradients")
-    fresh = {(r["name"], r["batch"], r["length"], r["prompt"]): r for r in _results(FRESH, "sequence_gradients")}
+    fresh = {(r["name"], (r["batch"], r["length"], r["prompt"])): r for r in _results(FRESH, "sequence_gradients")}
     shapes = list(dict.fromkeys((r["batch"], r["length"], r["prompt"]) for r in rows))
     headings = (
         f"B={b} T={t}{f', {p} of them prompt' * bool(p)}: ms (times plain) | MiB beyond gradients" for b, t, p in shapes
@@ -117,10 +120,35 @@ def sequence_gradients_table() -> str:
         cells = []
         for shape in shapes:
             r = next(r for r in rows if r["name"] == name and (r["batch"], r["length"], r["prompt"]) == shape)
-            memory = fresh[(name, *shape)]["peak_extra_mib"]
+            memory = fresh[name, shape]["peak_extra_mib"]
             cells.append(f"{r['median_ms']:.0f} ({r['of_plain']:.2f}) | {memory:.0f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def study_tables() -> dict[str, str]:
+    """The baseline study's two tables, as Markdown."""
+    r = json.loads((RESULTS / "baseline_study.json").read_text())
+    lines = ["| norm | all samples | within a prompt, median (least to most) |", "|---|---:|---:|"]
+    for name, pooled in r["correlation_pooled"].items():
+        within = sorted(r["correlation_within"][name])
+        median = within[len(within) // 2]
+        lines.append(f"| {name} | {pooled:.2f} | {median:.2f} ({within[0]:.2f} to {within[-1]:.2f}) |")
+    variances = [
+        "| baseline | variance, held out | in sample | prompts better than the mean, held out |",
+        "|---|---:|---:|---:|",
+    ]
+    mean = {k: r[f"variance_{k}"]["mean"] for k in ("held_out", "in_sample")}
+    for name, values in r["variance_held_out"].items():
+        held_out, in_sample = (sum(r[f"variance_{k}"][name]) / sum(mean[k]) for k in mean)
+        better = sum(a < b for a, b in zip(values, mean["held_out"], strict=True))
+        count = "" if name == "mean" else f"{better} of {len(values)}"
+        variances.append(f"| {name} | {held_out:.3f} | {in_sample:.3f} | {count} |")
+    baselines = ["| | " + " | ".join(r["baselines"]) + " |", "|---|" + "---:|" * len(r["baselines"])]
+    for i in range(r["informative"]):
+        cells = (f"{values[i]:.2f}" for values in r["baselines"].values())
+        baselines.append(f"| prompt {i + 1} | " + " | ".join(cells) + " |")
+    return {"correlation": "\n".join(lines), "variance": "\n".join(variances), "baselines": "\n".join(baselines)}
 
 
 def lab_rows(lag: str) -> list[dict[str, str]]:
@@ -194,6 +222,7 @@ def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = 
     tables |= {"head": head_table(), "weighted_logp": logits_table(), "sequence_gradients": sequence_gradients_table()}
     pages = {
         README: filled(README.read_text(), {"async_lab": lab_table(LAG), **tables}),
+        STUDY: filled(STUDY.read_text(), study_tables()),
         LAB: filled(LAB.read_text(), {f"lag {lag}": lab_table(lag) for lag in LAGS}),
     }
     if check:
@@ -204,6 +233,7 @@ def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = 
     for path, wanted in pages.items():
         path.write_text(wanted)
     draw_stability(PICTURE)
+    baseline_study.draw(json.loads((RESULTS / "baseline_study.json").read_text()), STUDY_PICTURE)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def make_batch(batch: int, length: int, prompt: int, device: torch.device) -> Ba
         num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=length,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: nn.Module = transformers.LlamaForCausalLM(config).to(device)
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    model = model.to(device)
     ids = torch.randint(0, VOCABULARY, (batch, length), device=device)
     mask = (torch.arange(length, device=device) >= prompt).expand(batch, length)
     return Batch(model, ids, mask, torch.randn(batch, device=device) / batch)
@@ -159,7 +160,7 @@ def verify(name: str, x: Batch, run: Callable[[Batch], Tensor | None], want: tup
 def measure(x: Batch, watch: Stopwatch, progress: Progress) -> list[dict[str, Any]]:
     task = progress.add_task("float64 oracle", total=None)
     want = oracle(x)
-    rows = []
+    rows: list[dict[str, Any]] = []
 
     def step(run: Callable[[Batch], Tensor | None]) -> Callable[[], object]:
         def call() -> object:
@@ -198,7 +199,9 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
 
 @app.command()
 def main(
-    shape: Annotated[list[str] | None, typer.Option(help="B,T,prompt tokens among the T; may be given more than once")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="B,T,prompt tokens among the T; may be given more than once")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     out: Annotated[Path | None, typer.Option(help="folder; default benchmarks/results/<device>")] = None,
@@ -213,7 +216,12 @@ def main(
             rows = measure(make_batch(batch, length, prompt, where), watch, progress)
             title = f"B={batch} T={length}, {prompt} of them prompt, Llama {LAYERS} x {WIDTH}, V={VOCABULARY}, fp32, {where}"
             console.print(table(rows, title))
-            common: dict[str, Any] = {"batch": batch, "length": length, "prompt": prompt, "threads": torch.get_num_threads()}
+            common: dict[str, Any] = {
+                "batch": batch,
+                "length": length,
+                "prompt": prompt,
+                "threads": torch.get_num_threads(),
+            }
             common["torch"] = torch.__version__
             results += [{**r, **common} for r in rows]
     target = out or Path("benchmarks/results") / device_slug(where)

@@ -11,7 +11,7 @@ import torch
 
 def test_readme_loop_runs() -> None:
     text = Path("README.md").read_text()
-    loop, head, two_phases = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loop, head, two_phases, exact = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -41,3 +41,11 @@ def test_readme_loop_runs() -> None:
         gradients.append([p.grad.clone() for p in model.parameters()])
     for whole, split in zip(*gradients, strict=True):
         torch.testing.assert_close(split, whole)
+
+    model.zero_grad()
+    exec(exact, names)
+    got = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    exec(head.replace("8, vk.Segments.padded(mask)", "8, segments, config"), names)
+    for a, p in zip(got, model.parameters(), strict=True):
+        torch.testing.assert_close(a, p.grad)

@@ -130,8 +130,49 @@ def test_fused_head(options: dict[str, object], tied: bool, entropy: float) -> N
     assert_gradients(model, want.weighted(-c))
 
 
+def test_indexed_rows_of_several_sequences() -> None:
+    """Segment ids [R, T] where a row holds pieces of several sequences."""
+    model = token_model()
+    ids, owner = torch.randint(1, VOCABULARY, (3, 8)), torch.randint(0, BATCH, (3, 8))
+    seg = vk.Segments.indexed(owner, BATCH)
+
+    def scalars(m: nn.Module) -> Tensor:
+        return seg.sum(vk.token_stats(m(ids), ids.roll(1, 1)).logp)
+
+    want = oracle(model, scalars, BATCH)
+    with vk.SequenceGradients(model) as grads:
+        grads.backward(scalars(model), seg)
+        assert_norms(grads.squared_norms(), want.norms)
+        grads.accumulate_(torch.ones(BATCH))
+    assert_gradients(model, want.weighted(-torch.ones(BATCH)))
+
+
+@pytest.mark.parametrize("batched", (False, True))
+def test_position_embeddings_looked_up_once(batched: bool) -> None:
+    """wpe(arange(T)) is added to every sequence: its output's gradient would be the sum over all of them."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.places = token_model(), nn.Embedding(LENGTH, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            places = torch.arange(ids.shape[1])
+            x = self.tokens.table(ids) + self.places(places[None] if batched else places)
+            return self.tokens.head(self.tokens.last(x))
+
+    model, (ids, mask) = Positions(), padded()
+    seg = vk.Segments.padded(mask)
+    want = oracle(model, lambda m: log_probs(m, ids, seg), BATCH)
+    with vk.SequenceGradients(model) as grads:
+        grads.backward(log_probs(model, ids, seg), seg)
+        assert_norms(grads.squared_norms(), want.norms)
+        grads.accumulate_(torch.ones(BATCH))
+    assert_gradients(model, want.weighted(-torch.ones(BATCH)))
+
+
 def test_fused_head_with_indexed_tokens_and_a_row_without_gradient() -> None:
-    model, (ids, mask) = token_model(tied=True), padded()
+    model, (ids, _) = token_model(tied=True), padded()
     flat, permutation = ids.flatten(), torch.randperm(ids.numel())
     owner = torch.arange(BATCH).repeat_interleave(LENGTH)[permutation]
     seg = vk.Segments.indexed(owner, BATCH)

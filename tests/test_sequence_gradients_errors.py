@@ -29,7 +29,8 @@ class Gate(nn.Module):
 
 def test_a_module_without_a_rule_is_named() -> None:
     model = nn.Sequential(nn.Embedding(5, 8), Gate(), nn.BatchNorm1d(8), nn.Embedding(5, 2, sparse=True))
-    with pytest.raises(ValueError, match=r"(?s)1 \(Gate; gain\): no rule.*2 \(BatchNorm1d; weight, bias\).*3 \(Emb.*sparse") as e:
+    named = r"(?s)1 \(Gate; gain\): no rule.*2 \(BatchNorm1d; weight, bias\).*3 \(Emb.*sparse"
+    with pytest.raises(ValueError, match=named) as e:
         vk.SequenceGradients(model)
     assert "requires_grad_(False)" in str(e.value)
     assert "OPOBAccumulator" in str(e.value)
@@ -54,9 +55,11 @@ def test_a_norm_by_name_alone_is_not_believed() -> None:
 
 def test_a_parameter_used_outside_its_module() -> None:
     model, (ids, seg) = token_model(), batch()
-    with vk.SequenceGradients(model) as grads, pytest.raises(RuntimeError, match=r"'head.weight' takes a gradient outside"):
+    with vk.SequenceGradients(model) as grads:
         logits = model.features(ids) @ model.head.weight.T
-        grads.backward(seg.sum(vk.token_stats(logits, ids, shift=True).logp), seg)
+        values = seg.sum(vk.token_stats(logits, ids, shift=True).logp)
+        with pytest.raises(RuntimeError, match=r"'head.weight' takes a gradient outside"):
+            grads.backward(values, seg)
 
 
 def test_a_backward_of_ones_own() -> None:
@@ -69,10 +72,22 @@ def test_segments_of_another_batch() -> None:
     model, (ids, seg) = token_model(), batch()
     with vk.SequenceGradients(model) as grads:
         values = scalars(model, ids, seg)
-        with pytest.raises(RuntimeError, match=r"output of .* has leading dimensions \(3, 5\), but the segments have \(3, 4"):
+        with pytest.raises(
+            RuntimeError, match=r"output of .* has leading dimensions \(3, 5\), but the segments have \(3, 4"
+        ):
             grads.backward(values, vk.Segments.padded(torch.ones(3, 4)))
         with pytest.raises(RuntimeError, match=r"leading dimensions"):
             grads.backward(scalars(model, ids, seg), vk.Segments.packed(torch.tensor([0, 5, 10, 15])))
+
+
+def test_a_head_given_a_slice() -> None:
+    model, (ids, seg) = token_model(), batch()
+    with vk.SequenceGradients(model) as grads:
+        logp = vk.linear_token_stats(model.features(ids)[:, :-1], model.head.weight, ids[:, 1:]).logp
+        with pytest.raises(
+            RuntimeError, match=r"hidden states whole, with shift=True\) has leading dimensions \(3, 4\)"
+        ):
+            grads.backward(logp.sum(1), seg)
 
 
 def test_a_shared_prefix() -> None:
@@ -94,7 +109,7 @@ def test_a_shared_prefix() -> None:
 
 
 def test_known_coefficients_do_not_go_with_it() -> None:
-    model, (ids, seg) = token_model(), batch()
+    model, (ids, _) = token_model(), batch()
     with vk.SequenceGradients(model), pytest.raises(RuntimeError, match=r"linear_weighted_logp.*linear_token_stats"):
         vk.linear_weighted_logp(model.features(ids), model.head.weight, ids, torch.ones(3, 5), shift=True)
 
@@ -138,7 +153,7 @@ def test_arguments() -> None:
 def test_nothing_stays_behind() -> None:
     """After the context, and after an error in a forward, parameters and hooks are the model's own, and training goes on."""
     model, (ids, seg) = token_model(), batch()
-    before = {n: p for n, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     with pytest.raises(IndexError), vk.SequenceGradients(model):
         model(torch.full((1, 2), VOCABULARY + 1))
     with pytest.raises(RuntimeError), vk.SequenceGradients(model):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,9 +126,9 @@ import os, sys, torch, torch.distributed as dist
 import vcpo_kernels as vk
 from tests.sequence_gradient_models import token_model, VOCABULARY
 
-rank, port = int(sys.argv[1]), sys.argv[2]
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE="2", GLOO_SOCKET_IFNAME="lo")
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
+rank = int(sys.argv[1])
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 torch.manual_seed(1)
 ids, c = torch.randint(1, VOCABULARY, (2, 2, 3, 5)), torch.randn(2, 2, 3)  # [rank, micro-batch, B, T]
 seg = vk.Segments.padded(torch.ones(3, 5))
@@ -165,22 +166,15 @@ dist.destroy_process_group()
 def test_ddp_averages_once(tmp_path: Path) -> None:
     """Two gloo ranks, two micro-batches of which the first is under no_sync: one reduction, the mean of all four."""
     script = tmp_path / "ranks.py"
-    script.write_text(textwrap.dedent(DDP))
+    script.write_text(DDP)
     command = [sys.executable, str(script)]
     root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "0", str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, env={**_environment(), "PYTHONPATH": str(root)},
-        )
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=root, env=environment, **pipes)
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     for number, output in enumerate(outputs):
         assert f"ok {number}" in output, output
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -92,7 +92,9 @@ class DeferredHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, record: Callable[[HeadUse], None], hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        weight, bias, token_ids, mask, ctx.temperature, ctx.softcap, ctx.shift, memory, ctx.chunk_bytes, fast = rest[:10]
+        weight, bias, token_ids, mask, ctx.temperature, ctx.softcap, ctx.shift, memory, ctx.chunk_bytes, fast = rest[
+            :10
+        ]
         outputs = torch.ops.vcpo_kernels.linear_token_stats(
             hidden, weight, bias, token_ids, mask, ctx.temperature, ctx.softcap, ctx.shift,
             memory, ctx.chunk_bytes, fast, hidden.requires_grad, True, bias is not None,

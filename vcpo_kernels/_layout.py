@@ -122,12 +122,14 @@ class Layout:
                 return rows // max(batch * length, 1)
             wanted = f"({batch}, {length}, ..) or ({batch * length}, ..)"
         else:
-            tokens = self.segments.mask if self.segments.order is None else self.segments.order
+            shape = self.segments.shape
+            if shape is not None and len(shape) > 1 and lead[: len(shape)] == shape:
+                return math.prod(lead[len(shape) :])
+            count = None if shape is None else math.prod(shape)
             inner = lead[1:] if len(lead) > 1 and lead[0] == 1 else lead
-            if inner and inner[0] >= self.end and (tokens is None or inner[0] == tokens.numel()):
+            if inner and inner[0] >= self.end and count in (None, inner[0]):
                 return math.prod(inner[1:])
-            count = self.end if tokens is None else tokens.numel()
-            wanted = f"({count}, ..) or (1, {count}, ..)"
+            wanted = f"({count or self.end}, ..) or (1, {count or self.end}, ..)"
         raise RuntimeError(
             f"SequenceGradients: the output of {where} has leading dimensions {lead}, but the segments have {wanted}: "
             "which row is whose sequence's cannot be told. Pass the Segments of the batch that the model was called with; "

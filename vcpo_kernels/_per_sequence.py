@@ -115,8 +115,8 @@ def product_of(grad: Tensor, x: Tensor, spans: Spans, transposed: bool = False) 
 
 
 def _rows_not_zero(rows: Tensor) -> Tensor:
-    """Which of [R, P] hold anything but zeros; NaN is something. Most rows show it in their first entries: looking at all
-    of 4096 rows of 32,000 would cost 0.2 s.
+    """Which of [R, P] hold anything but zeros; NaN is something. Most rows show it in their first entries, and a pass over
+    the whole of a head's [4096, 32000] would cost as much as reading half a gigabyte does.
     """
     live = rows[:, :64].any(1)
     unsure = (~live).nonzero()[:, 0]
@@ -204,7 +204,7 @@ def _one_product(products: list[Product]) -> Product | None:
     """All uses as one, each sequence's rows together."""
     if len(products) < 2:
         return products[0] if products else None
-    owners, permutation, spans = _together([p.spans for p in products])
+    permutation, spans = _together([p.spans for p in products])
     left = Stacked(tuple(p.left for p in products), permutation)
     return Product(left, torch.cat([p.right for p in products])[permutation], spans)
 
@@ -212,14 +212,15 @@ def _one_product(products: list[Product]) -> Product | None:
 def _one_lookup(lookups: list[Lookup]) -> Lookup | None:
     if len(lookups) < 2:
         return lookups[0] if lookups else None
-    _, permutation, spans = _together([u.spans for u in lookups])
+    permutation, spans = _together([u.spans for u in lookups])
     ids, right = torch.cat([u.ids for u in lookups]), torch.cat([u.right for u in lookups])
     return Lookup(ids[permutation], right[permutation], spans)
 
 
-def _together(spans: list[Spans]) -> tuple[Tensor, Tensor, Spans]:
+def _together(spans: list[Spans]) -> tuple[Tensor, Spans]:
+    """The permutation that brings the rows of several uses, on top of each other, into one order by sequence."""
     owners, permutation = torch.sort(torch.cat([s.owners() for s in spans]), stable=True)
-    return owners, permutation, Spans.of(owners, spans[0].num_sequences)
+    return permutation, Spans.of(owners, spans[0].num_sequences)
 
 
 def _runs(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

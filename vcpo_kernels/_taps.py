@@ -58,31 +58,29 @@ def _embedding(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: T
     scale = getattr(module, "embed_scale", None)
     if scale is not None:
         g = g * torch.as_tensor(scale, device=g.device).to(g.dtype)
-    if module.padding_idx is not None:
-        g = torch.where((ids == module.padding_idx)[:, None], 0.0, g)
+    padding: Any = module.padding_idx
+    if padding is not None:
+        g = torch.where(torch.eq(ids, padding)[:, None], 0.0, g)
     into["weight"].lookups.append(Lookup(ids, g, spans))
 
 
 def _elementwise(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """y = f(x) w + rest(x) + b, whatever f is: f(x) is what a weight of 1 adds to a weight of 0."""
-    _add_scaled(module, layout.arranged(where, grad, x), into, lambda a: _with_weight(module, a, 0.0))
+    _add_scaled(
+        layout.arranged(where, grad, x), into, lambda a: _with_weight(module, a, 1.0) - _with_weight(module, a, 0.0)
+    )
 
 
 def _scaling(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """The same without a rest, as most are: one forward less."""
-    _add_scaled(module, layout.arranged(where, grad, x), into, lambda a: 0.0)
+    _add_scaled(layout.arranged(where, grad, x), into, lambda a: _with_weight(module, a, 1.0))
 
 
-def _add_scaled(
-    module: nn.Module,
-    arranged: tuple[Spans, list[Tensor]],
-    into: Gradients,
-    rest_of: Callable[[Tensor], Tensor | float],
-) -> None:
+def _add_scaled(arranged: tuple[Spans, list[Tensor]], into: Gradients, scaled_of: Callable[[Tensor], Tensor]) -> None:
+    """dw = sum_t grad_t scaled_t, db = sum_t grad_t."""
     spans, (g, a) = arranged
     if "weight" in into:
-        scaled, dtype = _with_weight(module, a, 1.0) - rest_of(a), wide(g.dtype)
-        into["weight"].add_whole(spans.sums(g.to(dtype) * scaled.to(dtype)))
+        into["weight"].add_whole(spans.sums(g.to(wide(g.dtype)) * scaled_of(a)))
     if "bias" in into:
         into["bias"].add_whole(spans.sums(g))
 
@@ -135,7 +133,11 @@ def rule_of(module: nn.Module) -> Rule | str:
 def _probed(module: nn.Module) -> Rule | None:
     """The rule of a norm: whether its output is affine in a 1-D weight entry by entry, and with what rest."""
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != 1 or any(p is not None and p.shape != weight.shape for p in module.parameters()):
+    if (
+        weight is None
+        or weight.dim() != 1
+        or any(p is not None and p.shape != weight.shape for p in module.parameters())
+    ):
         return None
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, weight.numel(), generator=generator).to(weight) for n in (3, 1))
@@ -157,7 +159,9 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, record: Callable[[Tensor, Tensor], None], *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, record: Callable[[Tensor, Tensor], None], *parameters: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.record, ctx.count = record, len(parameters)
         ctx.set_materialize_grads(False)
@@ -212,6 +216,6 @@ class Tap:
     def _own_row_each(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Position embeddings are looked up once for all sequences: their gradients would arrive added up."""
         shape = self.batch_shape()
-        if self.rule is EMBEDDING and shape is not None and x.shape == (1, *shape[1:]) and shape[0] != 1:
+        if self.rule is EMBEDDING and shape is not None and shape[0] != 1 and x.shape in ((1, shape[1]), shape[1:]):
             return output.expand(*shape, output.shape[-1]), x.expand(shape)
         return output, x

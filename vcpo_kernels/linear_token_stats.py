@@ -233,7 +233,8 @@ def taking_part(
         return _head.live_values(value if live is None or not of_live else torch.where(live, value, 0.0), at)
 
     h = None if grad_entropy is None else rows(grad_entropy, of_live=True)
-    saved = Saved(*(rows(s) for s in statistics), g=rows(grad_logp, of_live=True), h=h)
+    logp, entropy, lse, target_logit = (rows(s) for s in statistics)
+    saved = Saved(logp, entropy, lse, target_logit, rows(grad_logp, of_live=True), h)
     index = None if _head.capturing(token_ids) else _rows_with_gradient(saved)
     if index is not None:
         head, saved, at = head.selected(index), saved.selected(index), index if at is None else at[index]

@@ -51,7 +51,8 @@ class OPOBAccumulator:
     """Adds VCPO's gradient with exact optimal baselines to `param.grad`, from one backward per trajectory.
 
     Needs one buffer of the parameters' size beside param.grad, and as many backwards as there are sequences;
-    `SequenceGradients` needs neither, but knows its modules. Groups one after the other, a group's sequences one by one:
+    `SequenceGradients` needs neither, but knows its modules. Under DistributedDataParallel call it inside `no_sync()`, and
+    `distributed_gradients.average_gradients` afterwards. Groups one after the other, a group's sequences one by one:
 
     >>> import torch, vcpo_kernels as vk
     >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
@@ -105,7 +106,9 @@ class OPOBAccumulator:
             raise ValueError(f"{where}: rewards must be [n] with n >= 1, got {_checks.describe(rewards)}.")
         r = rewards.detach().double()
         if not bool(r.isfinite().all()):
-            raise ValueError(f"{where}: rewards must be finite, got {rewards.tolist()[:8]}. Give failed samples a number.")
+            raise ValueError(
+                f"{where}: rewards must be finite, got {rewards.tolist()[:8]}. Give failed samples a number."
+            )
         std = float(r.std(correction=0))
         divisor = std if self._config.normalize_std and std > 1e-8 else 1.0
         self._group = _Group(rewards.detach(), divisor, float(r.mean()), bool((r == r[0]).all()))
@@ -123,7 +126,9 @@ class OPOBAccumulator:
         group = self._started(where)
         check_segments(where, segments)
         if segments.num_sequences != 1:
-            raise ValueError(f"{where}: segments must hold one sequence, got {segments.num_sequences}. Call once for each.")
+            raise ValueError(
+                f"{where}: segments must hold one sequence, got {segments.num_sequences}. Call once for each."
+            )
         if len(group.norms) == len(group.rewards):
             raise ValueError(f"{where}: all {len(group.rewards)} sequences of the group are in. Call finish_group().")
         log_weight = sequence_log_weights(stats, behavior_logp, segments)
@@ -145,7 +150,9 @@ class OPOBAccumulator:
         group = self._started(where)
         count = len(group.rewards)
         if len(group.norms) != count:
-            raise RuntimeError(f"{where}: {len(group.norms)} of the group's {count} sequences are in. backward() the rest.")
+            raise RuntimeError(
+                f"{where}: {len(group.norms)} of the group's {count} sequences are in. backward() the rest."
+            )
         first = len(self._sequences) - count
         self._sequences[first:] = [
             dataclasses.replace(s, norm=n) for s, n in zip(self._sequences[first:], group.norms, strict=True)
@@ -204,8 +211,10 @@ class OPOBAccumulator:
     def _scale(self, log_weight: float, length: float) -> float:
         """k_i w^_i"""
         c = self._config
-        counts = (torch.tensor(float(n or 1), dtype=torch.float64) for n in (c.num_sequences, c.num_tokens))
-        k = aggregation_scale(c.aggregation, torch.tensor([length], dtype=torch.float64), *counts, c.max_tokens)
+        of_length, sequences, tokens = (
+            torch.tensor([float(n or 1)], dtype=torch.float64) for n in (length, c.num_sequences, c.num_tokens)
+        )
+        k = aggregation_scale(c.aggregation, of_length, sequences, tokens, c.max_tokens)
         clip = math.inf if c.max_weight is None else math.log(c.max_weight)
         return float(k) * math.exp(min(log_weight, clip))
 
@@ -225,7 +234,8 @@ class OPOBAccumulator:
         groups = torch.repeat_interleave(torch.tensor([len(r) for r in rewards], device=logp.device))
         norms = torch.stack([s.norm.to(torch.float64) for s in sequences])
         config = dataclasses.replace(self._config, score_norm=norms)
-        stats = TokenStats(logp, *(torch.zeros_like(logp) for _ in range(3)))
+        nothing = torch.zeros_like(logp)
+        stats = TokenStats(logp, entropy=nothing, score_sqnorm=nothing, lse=nothing)
         return vcpo_loss(
             stats,
             torch.cat([s.behavior_logp for s in sequences]),

@@ -34,7 +34,8 @@ class SequenceGradients:
     Exact where a row of activations depends on its own sequence alone: padded and packed batches of causal LMs, without
     batch statistics. Handles Linear, Embedding, LayerNorm, RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA
     makes of them, tied weights, `linear_token_stats` on the model's head (so `patch_head` too), activation checkpointing,
-    autocast, and DistributedDataParallel, whose gradients are averaged once, by `accumulate_`.
+    autocast, and DistributedDataParallel, whose gradients are averaged once, by `accumulate_`. A fused head wants the
+    hidden states whole (`shift=True`), so that its rows are the batch's.
 
     >>> import torch, vcpo_kernels as vk
     >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
@@ -60,13 +61,12 @@ class SequenceGradients:
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"{WHERE}: model must be an nn.Module, got {_checks.describe(model)}.")
-        self._wrapped = model
-        self._ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        self._model: nn.Module = model.module if self._ddp else model
+        self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        self._model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         _check_eager_and_whole(self._model)
         self._names = {p: name for name, p in self._model.named_parameters() if p.requires_grad}
         self._rules = _rules(self._model)
-        self._exits = contextlib.ExitStack()
+        self._exits, self._averages = contextlib.ExitStack(), False
         self._reset()
 
     def _reset(self) -> None:
@@ -83,9 +83,9 @@ class SequenceGradients:
         if any(other.defers(p) for other in _deferred.active for p in self._names):
             raise RuntimeError(f"{WHERE}: another SequenceGradients of the same parameters is active. Leave it first.")
         with contextlib.ExitStack() as exits:
-            self._averages = self._ddp and bool(self._wrapped.require_backward_grad_sync)
-            if self._ddp:
-                exits.enter_context(self._wrapped.no_sync())  # type: ignore[operator]
+            self._averages = self._ddp is not None and bool(self._ddp.require_backward_grad_sync)
+            if self._ddp is not None:
+                exits.enter_context(self._ddp.no_sync())
             hooks = [self._model.register_forward_pre_hook(self._see_batch, with_kwargs=True)]
             for module, name, rule, deferred in self._rules:
                 tap = _taps.Tap(module, name, rule, deferred, self._record, lambda: self._batch_shape)
@@ -182,8 +182,8 @@ class SequenceGradients:
             while gradients:
                 parameter, gradient = gradients.popitem()  # freed as soon as it is added
                 _add(parameter, gradient, -part)
-        if self._averages:
-            average_gradients(self._names, self._wrapped.process_group)
+        if self._ddp is not None and self._averages:
+            average_gradients(self._names, self._ddp.process_group)
 
     # --- what taps and the fused head call ---------------------------------------------------------------------------
 
@@ -209,25 +209,26 @@ class SequenceGradients:
             tap.rule.record(tap.module, tap.name or type(tap.module).__name__, layout, x, grad, into)
 
     def _record_head(self, parameters: tuple[Tensor, Tensor | None], lead: tuple[int, ...], use: HeadUse) -> None:
-        where = "linear_token_stats"
+        where = "linear_token_stats (of hidden states whole, with shift=True)"
         layout = self._layout_now(where)
         layout.rows_per_token(where, lead)
         permutation, spans = layout.places(use.positions)
         owned = int(spans.offsets[-1])
         if owned < len(permutation):
             layout.check_nobodys(where, use.left.selected(permutation[owned:]).block(slice(0, use.left.width)))
-        sorted_ = bool((permutation[:owned] == torch.arange(owned, device=permutation.device)).all())
-        left = use.left if sorted_ and owned == len(permutation) else use.left.selected(permutation[:owned])
+        as_they_are = layout.segments.order is None and owned == len(permutation)
+        left = use.left if as_they_are else use.left.selected(permutation[:owned])
         for parameter, right in zip(parameters, (use.hidden, use.factors), strict=True):
             if parameter is not None and self.defers(parameter):
                 product = Product(left, right[permutation[:owned]], spans)
                 self._gradient_of(parameter).products.append(product)
 
     def _gradient_of(self, parameter: Tensor) -> ParameterGradient:
-        return self._gradients.setdefault(parameter, ParameterGradient(self._names[parameter]))  # type: ignore[index]
+        return self._gradients.setdefault(parameter, ParameterGradient(self._names[parameter]))
 
     def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() >= 2)
+        # ids or embeddings; a mask of four dimensions has the heads second
+        tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim() in (2, 3))
         self._batch_shape = next((tuple(t.shape[:2]) for t in tensors), None)
 
     def _refuse_gradient(self, name: str) -> Any:
