@@ -110,20 +110,31 @@ def logits_table() -> str:
 def sequence_gradients_table() -> str:
     """A whole step with exact norms against a plain one, as Markdown; memory from the run with fresh memory."""
     rows = _results(MACHINE, "sequence_gradients")
-    fresh = {(r["name"], (r["batch"], r["length"], r["prompt"])): r for r in _results(FRESH, "sequence_gradients")}
-    shapes = list(dict.fromkeys((r["batch"], r["length"], r["prompt"]) for r in rows))
-    headings = (
-        f"B={b} T={t}{f', {p} of them prompt' * bool(p)}: ms (times plain) | MiB beyond gradients" for b, t, p in shapes
-    )
-    lines = ["| | " + " | ".join(headings) + " |", "|---|" + "---:|---:|" * len(shapes)]
+    fresh = _results(FRESH, "sequence_gradients")
+    memory = {r["name"]: r["peak_extra_mib"] for r in fresh if _shape(r) == _shape(fresh[0])}
+    shapes = list(dict.fromkeys(_shape(r) for r in rows))
+    first = rows[0]
+    lines = [
+        f"{_machine(MACHINE)}, {first['threads']} threads, torch {first['torch']}, medians of {first['repeats']}; milliseconds "
+        "(times the plain step with the same head).",
+        "",
+        "| | " + " | ".join(_shape_title(s) for s in shapes) + f" | MiB beyond gradients, {_shape_title(_shape(fresh[0]))} |",
+        "|---|" + "---:|" * (len(shapes) + 1),
+    ]
     for name in dict.fromkeys(r["name"] for r in rows):
-        cells = []
-        for shape in shapes:
-            r = next(r for r in rows if r["name"] == name and (r["batch"], r["length"], r["prompt"]) == shape)
-            memory = fresh[name, shape]["peak_extra_mib"]
-            cells.append(f"{r['median_ms']:.0f} ({r['of_plain']:.2f}) | {memory:.0f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        of_name = {_shape(r): r for r in rows if r["name"] == name}
+        cells = [f"{of_name[s]['median_ms']:.0f} ({of_name[s]['of_plain']:.2f})" for s in shapes]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {memory[name]:.0f} |")
     return "\n".join(lines)
+
+
+def _shape(r: dict[str, Any]) -> tuple[int, int, int]:
+    return r["batch"], r["length"], r["prompt"]
+
+
+def _shape_title(shape: tuple[int, int, int]) -> str:
+    batch, length, prompt = shape
+    return f"B={batch} T={length}" + f", {prompt} of them prompt" * bool(prompt)
 
 
 def study_tables() -> dict[str, str]:

@@ -77,7 +77,7 @@ def load_model() -> tuple[nn.Module, Any]:
 
 
 def questions(count: int, generator: torch.Generator) -> list[tuple[str, int]]:
-    pairs = torch.randint(2, 30, (count, 2), generator=generator).tolist()
+    pairs = torch.randint(1, 10, (count, 2), generator=generator).tolist()
     return [(f"What is {a} + {b}? Answer briefly.", a + b) for a, b in pairs]
 
 
@@ -236,6 +236,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.1))
     for axis, name in zip(axes, CHEAP_NORMS, strict=False):
@@ -251,6 +252,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes[3].set_title("variance, relative to the mean's", fontsize=10)
     axes[3].set_xlim(right=1.25 * max(relative))
     axes[3].invert_yaxis()
+    for axis in axes[:3]:
+        axis.xaxis.set_minor_formatter(NullFormatter())  # they would run into each other
     for axis in axes:
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -276,9 +279,9 @@ def repeat(title: str, count: int, progress: Progress, work: Callable[[int], Any
 
 @app.command()
 def main(
-    prompts: Annotated[int, typer.Option(min=2, help="prompts")] = 10,
+    prompts: Annotated[int, typer.Option(min=2, help="prompts")] = 12,
     samples: Annotated[int, typer.Option(min=4, help="completions per prompt; even")] = 16,
-    tokens: Annotated[int, typer.Option(min=1, help="longest completion")] = 40,
+    tokens: Annotated[int, typer.Option(min=1, help="longest completion")] = 32,
     steps: Annotated[
         int, typer.Option(min=0, help="training steps on other prompts between sampling and measuring")
     ] = 8,
