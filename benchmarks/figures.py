@@ -118,7 +118,9 @@ def sequence_gradients_table() -> str:
         f"{_machine(MACHINE)}, {first['threads']} threads, torch {first['torch']}, medians of {first['repeats']}; milliseconds "
         "(times the plain step with the same head).",
         "",
-        "| | " + " | ".join(_shape_title(s) for s in shapes) + f" | MiB beyond gradients, {_shape_title(_shape(fresh[0]))} |",
+        "| | "
+        + " | ".join(_shape_title(s) for s in shapes)
+        + f" | MiB beyond gradients, {_shape_title(_shape(fresh[0]))} |",
         "|---|" + "---:|" * (len(shapes) + 1),
     ]
     for name in dict.fromkeys(r["name"] for r in rows):
