@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -75,6 +77,14 @@ def _status_kib(field: str) -> int:
     raise RuntimeError(f"{STATUS} has no {field}")
 
 
+def _return_freed_memory() -> None:
+    """What the allocator keeps of freed memory would hide as much of what a call needs."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
 def peak_extra_mib(device: torch.device, call: Callable[[], object]) -> float | None:
     """MiB that a call needs beyond what is allocated before it, its result included; None where that cannot be told."""
     call()  # whatever is allocated only once is allocated now
@@ -86,6 +96,7 @@ def peak_extra_mib(device: torch.device, call: Callable[[], object]) -> float | 
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     try:
+        _return_freed_memory()
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of resident memory
         before = _status_kib("VmRSS")
         call()
