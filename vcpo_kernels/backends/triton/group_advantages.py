@@ -1,7 +1,7 @@
 """The per-group kernel of vcpo_coefficients: one prompt group's baseline, advantages and coefficients.
 
 Layer: sequences [B]. One program per group, three passes over its members in float64. The formulas are those
-of `vcpo_kernels.baselines` (`WEIGHTINGS`, `group_baselines`) and of the reference's `aggregation_scale`.
+of `vcpo_kernels.baselines` (`WEIGHTINGS`, `group_baselines`) and of `vcpo_coefficients.aggregation_scale`.
 """
 
 from __future__ import annotations
