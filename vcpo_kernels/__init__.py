@@ -1,5 +1,6 @@
 """Fused kernels for variance-controlled off-policy reinforcement learning of language models (VCPO, arXiv 2602.17616)."""
 
+from vcpo_kernels import objectives as objectives
 from vcpo_kernels._version import __version__
 from vcpo_kernels.backends.registry import use_backend
 from vcpo_kernels.baselines import off_policy_baseline

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from vcpo_kernels import _checks
+from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.vcpo import VCPOOutput
 from vcpo_kernels.weights import EffectiveSampleSize, ess_from_moments, ess_moments, merge_moments
 
@@ -113,25 +114,25 @@ class EssLearningRate:
         ]
         self._wrapped_zero_grad = _watch_zero_grad(optimizer, self)
 
-    def observe(self, output: VCPOOutput | EffectiveSampleSize | Tensor) -> None:
+    def observe(self, output: VCPOOutput | ObjectiveOutput | EffectiveSampleSize | Tensor) -> None:
         """Count a micro-batch in the ESS of the next step. Once per micro-batch, before or after its backward pass.
 
-        output: what `vcpo_loss` or `effective_sample_size` returned, or log-weights [B].
+        output: what `vcpo_loss`, an objective or `effective_sample_size` returned, or log-weights [B].
         """
         if isinstance(output, Tensor):
             _checks.tensor("EssLearningRate.observe", "output", output, (torch.float32, torch.float64))
             moments = ess_moments(output.detach().flatten())
         elif isinstance(output, EffectiveSampleSize):
             moments = output.moments
-        elif isinstance(output, VCPOOutput):
+        elif isinstance(output, (VCPOOutput, ObjectiveOutput)):
             moments = output.ess_moments
         else:
             raise TypeError(
-                "EssLearningRate.observe: output must be a VCPOOutput, an EffectiveSampleSize or log-weights [B], "
-                f"got {_checks.describe(output)}."
+                "EssLearningRate.observe: output must be a VCPOOutput, an EffectiveSampleSize or log-weights [B], or an "
+                f"ObjectiveOutput, got {_checks.describe(output)}."
             )
         observation = _Observation(moments, None)
-        if isinstance(output, VCPOOutput) and output.loss.requires_grad:
+        if isinstance(output, (VCPOOutput, ObjectiveOutput)) and output.loss.requires_grad:
             observation.backpropagated = _graph_is_freed(output.loss)
             watched = weakref.ref(observation)
 

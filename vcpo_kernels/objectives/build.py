@@ -1,0 +1,327 @@
+"""objective_from_coefficients: from a method's rule for one token's coefficient to a loss with metrics and ESS.
+
+Layer: tokens [N] -> scalars. Every objective of this package is a rule handed to this function, and so is a user's own. It owns
+what all have in common: checks, aggregation, the extra terms, dropped tokens, ESS, metrics, and the step into autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.objectives._token_loss import token_loss
+from vcpo_kernels.objectives.correction import Correction, corrected_weights
+from vcpo_kernels.objectives.kl import ESTIMATORS
+from vcpo_kernels.objectives.output import ObjectiveOutput
+from vcpo_kernels.objectives.tokens import TokenBatch, like_logp, times, token_batch
+from vcpo_kernels.segment_sum import segment_sum
+from vcpo_kernels.segments import Segments
+from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.vcpo_coefficients import AGGREGATIONS, aggregation_scale
+from vcpo_kernels.weights import ess_from_moments, ess_moments
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# In every output's metrics, beside what the method reports. Means are over the tokens that take part.
+METRICS = (
+    "ess",
+    "ess_ratio",
+    "num_sequences",  # with at least one valid token
+    "num_tokens",  # valid ones
+    "nonfinite_tokens",  # dropped: a NaN, an infinite ratio, or an unbounded weight of e^80 and more
+    "ratio_mean",  # of exp(log_ratio)
+    "approx_kl",  # mean of -log pi/mu, the k1 estimate of KL(mu || pi)
+    "policy_loss",  # the loss without KL penalty and entropy bonus
+)
+
+
+class CommonTerms(TypedDict, total=False):
+    """Keyword arguments that every objective takes; all optional.
+
+    num_sequences, num_tokens: B and sum|T| of the whole step, where this batch is one micro-batch of several. None: counted.
+    max_tokens: T_max of "seq-mean-token-sum-norm". None: the padded length.
+    token_weights: constant factors before the policy term (not KL or entropy), [B] or in the shape of stats.logp: a
+        trainer's own importance weights, a mask of the tokens to train on.
+    reference_logp: log pi_ref of each token, for the KL penalty. kl_coefficient: its factor, >= 0.
+    kl_estimator: "k1" | "k2" | "k3" (`kl.ESTIMATORS` says which gradient each gives).
+    entropy_coefficient: factor of the entropy bonus, aggregated like the loss; of either sign.
+    ess_max_weight: truncation of the weights that ESS is taken of. None: unclipped.
+    """
+
+    num_sequences: float | None
+    num_tokens: float | None
+    max_tokens: float | None
+    token_weights: Tensor | None
+    reference_logp: Tensor | None
+    kl_coefficient: float
+    kl_estimator: str
+    entropy_coefficient: float
+    ess_max_weight: float | None
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """What a rule makes of a TokenBatch, each [N]. Dead tokens may hold anything.
+
+    coefficients: a_t, the derivative of the token's objective (to be maximised) with respect to logp_t, before aggregation.
+    values: the token's objective, for the reported loss. None: a_t logp_t, that of a constant weight before log pi.
+    metrics: bool or float [N] by name, each reported as its mean over the tokens that take part.
+    per_sequence: the coefficient of one token depends on the ratios of its whole sequence, so that a NaN or infinite ratio
+        drops all of it.
+    uses_ratio: False for rules that look at no ratio, whose tokens then do not need a finite one.
+    """
+
+    coefficients: Tensor
+    values: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    per_sequence: bool = False
+    uses_ratio: bool = True
+
+
+Rule = Callable[[TokenBatch], TokenTerms]
+
+
+def objective_from_coefficients(
+    name: str,
+    rule: Rule,
+    stats: TokenStats,
+    behavior_logp: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    aggregation: str = "seq-mean-token-mean",
+    proximal_logp: Tensor | None = None,
+    correction: Correction | None = None,
+    **common: Unpack[CommonTerms],
+) -> ObjectiveOutput:
+    """The loss whose gradient is -sum_t k_t a_t grad logp_t, for the a_t that `rule` gives, and everything around it.
+
+    With k_t the aggregation's factor (as k_i of `vcpo_loss`), c_t = k_t w_t a_t and w_t the product of the correction and
+    token_weights: loss = -sum_t k_t w_t v_t + kl_coefficient sum_t k_t KL_t - entropy_coefficient sum_t k_t H_t. Tokens
+    outside the mask contribute exactly nothing, whatever any input holds there. A token whose coefficient or value is not
+    finite, or whose ratio is NaN or +inf, is dropped from the policy term, keeps its place in the counts, and is counted in
+    metrics["nonfinite_tokens"]. No synchronisation.
+
+    Args:
+        name: what error messages call the objective.
+        rule: TokenBatch -> TokenTerms.
+        stats: from `token_stats`. logp is differentiated through, and entropy where there is a bonus.
+        behavior_logp: log mu of each token as the sampler recorded it, the shape of stats.logp.
+        advantages: A_i [B], or A_t in the shape of stats.logp. Constants.
+        segments: which tokens belong to which sequence, and which count.
+        aggregation: "seq-mean-token-mean" | "seq-mean-token-sum" | "seq-mean-token-sum-norm" | "token-mean".
+        proximal_logp: log pi_prox of each token, the policy that log_ratio is taken against. None: the behaviour policy.
+        correction: weights pi_prox/mu before the policy term; needs proximal_logp.
+        common: see `CommonTerms`.
+
+    Returns:
+        ObjectiveOutput.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> from vcpo_kernels import objectives
+    >>> def half_trust(tokens):  # the square root of the ratio as a constant weight
+    ...     return objectives.TokenTerms(objectives.times((tokens.log_ratio / 2).exp(), tokens.advantages))
+    >>> stats = vk.token_stats(torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(2, 3, dtype=torch.long))
+    >>> seg = vk.Segments.padded(torch.ones(2, 3))
+    >>> out = objectives.objective_from_coefficients(
+    ...     "half_trust", half_trust, stats, stats.logp.detach(), torch.tensor([1.0, -1.0]), seg)
+    >>> out.coefficients
+    tensor([[ 0.1667,  0.1667,  0.1667],
+            [-0.1667, -0.1667, -0.1667]])
+    >>> out.loss.backward()
+    """
+    where = name
+    terms = _checked(where, aggregation, common)
+    tokens = token_batch(where, stats, behavior_logp, advantages, segments, proximal_logp)
+    scale = _scale(where, aggregation, terms, tokens)
+    policy = _policy(where, rule(tokens), tokens, correction, terms.get("token_weights"))
+    coefficients, value = scale * policy.coefficients, (scale * policy.values).sum()
+    metrics = _metrics(tokens, policy)
+    metrics["policy_loss"] = -value
+    loss = -value
+    if terms["kl_coefficient"] and (reference := terms.get("reference_logp")) is not None:
+        kl, slope, finite = _kl(where, reference, terms["kl_estimator"], tokens, segments)
+        coefficients = coefficients - terms["kl_coefficient"] * scale * slope
+        loss = loss + terms["kl_coefficient"] * (scale * kl).sum()
+        metrics["kl_mean"] = kl.sum() / finite.sum().clamp(min=1)
+        metrics["kl_nonfinite_tokens"] = (tokens.live & ~finite).sum().double()
+    entropy = segments.flat(where, "stats", stats.entropy)
+    entropy_coefficients = None
+    if terms["entropy_coefficient"]:
+        entropy_coefficients = (terms["entropy_coefficient"] * scale).to(stats.entropy.dtype)
+        held = torch.where(tokens.live, entropy.detach().double(), 0.0)
+        loss = loss - terms["entropy_coefficient"] * (scale * held).sum()
+        metrics["entropy_mean"] = held.sum() / tokens.lengths.sum().clamp(min=1)
+    return _output(where, stats, segments, tokens, terms, loss, coefficients, entropy, entropy_coefficients, metrics)
+
+
+def _output(
+    where: str,
+    stats: TokenStats,
+    segments: Segments,
+    tokens: TokenBatch,
+    terms: dict[str, Any],
+    loss: Tensor,
+    coefficients: Tensor,
+    entropy: Tensor,
+    entropy_coefficients: Tensor | None,
+    metrics: dict[str, Tensor],
+) -> ObjectiveOutput:
+    logp = segments.flat(where, "stats", stats.logp)
+    log_weights = segment_sum(tokens.log_weight, tokens.mask, segments.offsets, segments.order)
+    clipped = log_weights
+    if terms.get("ess_max_weight") is not None:
+        clipped = torch.where(
+            log_weights < math.inf, log_weights.clamp(max=math.log(terms["ess_max_weight"])), math.nan
+        )
+    moments = ess_moments(clipped, tokens.lengths > 0)
+    ess, ratio = ess_from_moments(moments)
+    coefficients = coefficients.to(logp.dtype)
+    metrics = {"ess": ess, "ess_ratio": ratio, **metrics}
+    metrics = {key: value.to(logp.dtype) for key, value in metrics.items()}
+    shape = stats.logp.shape
+    return ObjectiveOutput(
+        loss=token_loss(logp, entropy, coefficients, entropy_coefficients, loss),
+        coefficients=coefficients.view(shape),
+        entropy_coefficients=None if entropy_coefficients is None else entropy_coefficients.view(shape),
+        log_weights=log_weights,
+        ess=metrics["ess"],
+        ess_ratio=metrics["ess_ratio"],
+        ess_moments=moments,
+        metrics=metrics,
+    )
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """The policy term of each token [N], in float64, 0 where it takes no part."""
+
+    coefficients: Tensor
+    values: Tensor
+    taking_part: Tensor
+    metrics: dict[str, Tensor]
+
+
+def _policy(
+    where: str, rule: TokenTerms, tokens: TokenBatch, correction: Correction | None, token_weights: Tensor | None
+) -> _Policy:
+    a = rule.coefficients.double()
+    v = times(a, tokens.logp.double()) if rule.values is None else rule.values.double()
+    metrics = dict(rule.metrics)
+    ok = tokens.live & ((tokens.log_ratio < math.inf) if rule.uses_ratio else torch.ones_like(tokens.live))
+    per_sequence = rule.per_sequence
+    if correction is not None:
+        if not isinstance(correction, Correction):
+            raise TypeError(
+                f"{where}: correction must be a Correction, got {_checks.describe(correction)}. "
+                "Make one: objectives.Correction('truncate', 'token', maximum=2.0)."
+            )
+        if tokens.log_correction is None:
+            raise ValueError(
+                f"{where}: correction weighs by pi_prox/mu and needs proximal_logp. Without a proximal policy the method's "
+                "own ratio is pi/mu already; leave correction=None."
+            )
+        weights, outside = corrected_weights(tokens, tokens.log_correction, correction)
+        a, v = times(weights.double(), a), times(weights.double(), v)
+        ok = ok & (tokens.log_correction < math.inf)
+        per_sequence = per_sequence or correction.level == "sequence"
+        metrics |= {"correction_mean": weights, "correction_outside_fraction": outside}
+    if token_weights is not None:
+        extra = _token_weights(where, token_weights, tokens).double()
+        a, v = times(extra, a), times(extra, v)
+    if per_sequence:
+        ok = ok & ~tokens.any_of_sequence(~ok)
+    ok = ok & a.isfinite() & v.isfinite()
+    return _Policy(torch.where(ok, a, 0.0), torch.where(ok, v, 0.0), ok, metrics)
+
+
+def _token_weights(where: str, weights: Tensor, tokens: TokenBatch) -> Tensor:
+    _checks.tensor(where, "token_weights", weights, _checks.FLOAT_DTYPES, "Convert it: token_weights.float().")
+    if tuple(weights.shape) == (tokens.segments.num_sequences,):
+        _checks.same_device(where, "token_weights", weights, "stats", tokens.logp)
+        return tokens.spread(weights.detach().to(tokens.logp.dtype))
+    return torch.where(tokens.live, like_logp(where, "token_weights", weights, tokens.segments, tokens.logp), 0.0)
+
+
+def _kl(
+    where: str, reference: Tensor, estimator: str, tokens: TokenBatch, segments: Segments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """KL_t and its derivative, 0 where either is not finite, and where both are (live tokens alone)."""
+    d = (tokens.logp - like_logp(where, "reference_logp", reference, segments, tokens.logp)).double()
+    kl, slope = ESTIMATORS[estimator](d)
+    finite = tokens.live & kl.isfinite() & slope.isfinite()
+    return torch.where(finite, kl, 0.0), torch.where(finite, slope, 0.0), finite
+
+
+def _metrics(tokens: TokenBatch, policy: _Policy) -> dict[str, Tensor]:
+    count = policy.taking_part.sum().clamp(min=1).double()
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(policy.taking_part & values.isfinite(), values.double(), 0.0).sum() / count
+
+    return {
+        "num_sequences": (tokens.lengths > 0).sum().double(),
+        "num_tokens": tokens.lengths.sum(),
+        "nonfinite_tokens": (tokens.live & ~policy.taking_part).sum().double(),
+        "ratio_mean": mean(tokens.ratio),
+        "approx_kl": mean(-tokens.log_weight),
+        **{key: mean(values.double()) for key, values in policy.metrics.items()},
+    }
+
+
+def _checked(where: str, aggregation: str, common: Any) -> dict[str, Any]:
+    known = CommonTerms.__annotations__
+    if unknown := [key for key in common if key not in known]:
+        raise TypeError(
+            f"{where}: unknown argument {unknown[0]!r}. Beside the method's own it takes {', '.join(known)}."
+        )
+    terms: dict[str, Any] = {"kl_coefficient": 0.0, "kl_estimator": "k3", "entropy_coefficient": 0.0, **common}
+    _checks.choice(where, "aggregation", aggregation, AGGREGATIONS)
+    _checks.choice(where, "kl_estimator", terms["kl_estimator"], tuple(ESTIMATORS))
+    for key in ("num_sequences", "num_tokens", "max_tokens", "ess_max_weight"):
+        terms[key] = _checks.positive_float(where, key, terms.get(key), optional=True)
+    terms["kl_coefficient"] = finite_float(where, "kl_coefficient", terms["kl_coefficient"], minimum=0.0)
+    terms["entropy_coefficient"] = finite_float(where, "entropy_coefficient", terms["entropy_coefficient"])
+    if terms["kl_coefficient"] and terms.get("reference_logp") is None:
+        raise ValueError(
+            f"{where}: kl_coefficient={terms['kl_coefficient']} needs reference_logp, log pi_ref of each token."
+        )
+    return terms
+
+
+def finite_float(where: str, name: str, value: Any, minimum: float = -math.inf) -> float:
+    """A finite Python float >= minimum."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{where}: {name} must be a number, got {_checks.describe(value)}.")
+    number = float(value)
+    if not math.isfinite(number) or number < minimum:
+        bound = f" and >= {minimum:g}" if minimum > -math.inf else ""
+        raise ValueError(f"{where}: {name} must be finite{bound}, got {value!r}.")
+    return number
+
+
+def _scale(where: str, aggregation: str, terms: dict[str, Any], tokens: TokenBatch) -> Tensor:
+    """k_t [N] float64, 0 where a token does not count."""
+    max_tokens = terms["max_tokens"]
+    if aggregation == "seq-mean-token-sum-norm" and max_tokens is None:
+        if tokens.segments.max_length is None:
+            raise ValueError(
+                f"{where}: aggregation 'seq-mean-token-sum-norm' needs max_tokens for packed and indexed segments, whose "
+                "longest possible sequence is not known. Set max_tokens to the generation limit."
+            )
+        max_tokens = float(tokens.segments.max_length)
+    lengths = tokens.lengths
+    given = (terms["num_sequences"], terms["num_tokens"])
+    counted = ((lengths > 0).sum().double(), lengths.sum())
+    totals = [c if g is None else lengths.new_tensor(g) for g, c in zip(given, counted, strict=True)]
+    return tokens.spread(aggregation_scale(aggregation, lengths, totals[0], totals[1], max_tokens))

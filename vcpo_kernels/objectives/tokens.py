@@ -1,0 +1,151 @@
+"""TokenBatch: what an objective's rule sees of a batch, flat and detached, and the log-domain helpers it works with.
+
+Layer: tokens [N]. Eager torch throughout: token-sized work is V times smaller than the passes over the logits around it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.segment_sum import segment_spread, segment_sum
+from vcpo_kernels.segments import Segments
+from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.vcpo_coefficients import UNTRUNCATED_LIMIT
+from vcpo_kernels.weights import check_segments
+
+
+def exp_or_drop(log_values: Tensor) -> Tensor:
+    """exp, except that e^80 and more become inf, whose token the builder drops and counts. NaN stays NaN."""
+    return torch.where(log_values < UNTRUNCATED_LIMIT, log_values.exp(), log_values + math.inf)
+
+
+def times(weights: Tensor, advantages: Tensor) -> Tensor:
+    """weights * advantages, exactly 0 where either is 0, whatever the other holds."""
+    return torch.where((advantages == 0) | (weights == 0), 0.0, weights * advantages)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Tokens [N] of a batch, detached, in fp32 or float64. Everything is 0 where `live` is false, so it may hold no NaN there.
+
+    logp, behavior_logp: log pi and log mu. advantages: A_t (an advantage per sequence is written to each of its tokens).
+    log_weight: log pi/mu. log_ratio: log pi/pi_prox, what the method clips (log pi/mu without proximal_logp).
+    log_correction: log pi_prox/mu (None without proximal_logp).
+    live: bool, the tokens that count. sequence_advantages: whether A was given per sequence.
+    lengths: |T_i| [B] float64.
+    """
+
+    logp: Tensor
+    behavior_logp: Tensor
+    advantages: Tensor
+    log_weight: Tensor
+    log_ratio: Tensor
+    log_correction: Tensor | None
+    live: Tensor
+    lengths: Tensor
+    sequence_advantages: bool
+    mask: Tensor | None
+    segments: Segments
+
+    @property
+    def ratio(self) -> Tensor:
+        """exp(log_ratio); from e^80 on inf, which no gradient gets to see: its token is dropped and counted."""
+        return exp_or_drop(self.log_ratio)
+
+    def sequence_sum(self, values: Tensor) -> Tensor:
+        """[N] -> [N]: each token gets the sum over its sequence's tokens (accumulated in float64)."""
+        return self.spread(segment_sum(values, self.mask, self.segments.offsets, self.segments.order))
+
+    def sequence_mean(self, values: Tensor) -> Tensor:
+        """[N] -> [N]: each token gets the mean over its sequence's tokens."""
+        sums = segment_sum(values, self.mask, self.segments.offsets, self.segments.order)
+        return self.spread(sums / self.lengths.clamp(min=1).to(sums.dtype))
+
+    def spread(self, per_sequence: Tensor) -> Tensor:
+        """[B] -> [N], 0 where a token does not count."""
+        return segment_spread(per_sequence, self.mask, self.segments.offsets, self.segments.order, self.live.shape[0])
+
+    def any_of_sequence(self, flags: Tensor) -> Tensor:
+        """Bool [N] -> [N]: whether the flag is up at any token of the sequence."""
+        return self.sequence_sum((flags & self.live).to(self.logp.dtype)) > 0
+
+
+def token_batch(
+    where: str,
+    stats: TokenStats,
+    behavior_logp: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    proximal_logp: Tensor | None = None,
+) -> TokenBatch:
+    """The checked arguments of an objective as a TokenBatch.
+
+    Raises TypeError or ValueError naming the argument; on the CPU also for advantages that are not finite where they count.
+    """
+    check_segments(where, segments)
+    if not isinstance(stats, TokenStats):
+        raise TypeError(
+            f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}."
+        )
+    logp = segments.flat(where, "stats", stats.logp).detach()
+    mask = segments.mask_without_first(logp.numel()) if stats.shifted else segments.mask
+    ones = torch.ones(segments.num_sequences, dtype=torch.float64, device=logp.device)
+    live = segment_spread(ones, mask, segments.offsets, segments.order, logp.numel()) > 0
+    lengths = segment_sum(live.double(), mask, segments.offsets, segments.order)
+
+    def tokens(name: str, value: Tensor) -> Tensor:
+        return torch.where(live, like_logp(where, name, value, segments, logp), 0.0)
+
+    theta, mu = tokens("stats", stats.logp), tokens("behavior_logp", behavior_logp)
+    proximal = None if proximal_logp is None else tokens("proximal_logp", proximal_logp)
+    per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) == (segments.num_sequences,)
+    if per_sequence:
+        _checks.same_device(where, "advantages", advantages, "stats", logp)
+        spread = segment_spread(
+            advantages.detach().to(logp.dtype), mask, segments.offsets, segments.order, logp.numel()
+        )
+    else:
+        _check_token_advantages(where, advantages, segments, stats.logp)
+        spread = tokens("advantages", advantages)
+    if _checks.readable(spread) and not bool(spread.isfinite().all()):
+        at = int((~spread.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"{where}: advantages of valid tokens must be finite, got {float(spread[at])} at flat position {at}. "
+            "Give failed samples a finite reward, or mask all their tokens out."
+        )
+    return TokenBatch(
+        logp=theta,
+        behavior_logp=mu,
+        advantages=spread,
+        log_weight=theta - mu,
+        log_ratio=theta - (mu if proximal is None else proximal),
+        log_correction=None if proximal is None else proximal - mu,
+        live=live,
+        lengths=lengths,
+        sequence_advantages=per_sequence,
+        mask=mask,
+        segments=segments,
+    )
+
+
+def like_logp(where: str, name: str, value: Tensor, segments: Segments, logp: Tensor) -> Tensor:
+    """A floating token tensor as flat [N], detached, in logp's dtype, after checking that it belongs to the batch."""
+    _checks.tensor(where, name, value, _checks.FLOAT_DTYPES, f"Convert it: {name}.float().")
+    flat = segments.flat(where, name, value).detach()
+    _checks.shape(where, name, flat, logp.shape, "as many tokens as stats")
+    return flat.to(logp.dtype)
+
+
+def _check_token_advantages(where: str, advantages: object, segments: Segments, logp: Tensor) -> None:
+    _checks.tensor(where, "advantages", advantages)
+    assert isinstance(advantages, Tensor)
+    if advantages.numel() != logp.numel():
+        raise ValueError(
+            f"{where}: advantages must be [{segments.num_sequences}] (one per sequence) or have the shape of stats.logp, "
+            f"{tuple(logp.shape)}, got {_checks.describe(advantages)}. Flatten one per sequence: advantages.reshape(-1)."
+        )
