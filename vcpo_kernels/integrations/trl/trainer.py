@@ -1,0 +1,280 @@
+"""VCPOTrainer: TRL's GRPOTrainer with VCPO's weights, baselines and step.
+
+What is TRL's stays TRL's: generation, rewards, reference model, logging, checkpoints. What differs is where an optimizer
+step's inputs are prepared: the whole accumulation window at once, before its first backward, when the parameters are those
+that all its micro-batches will see. One pass without gradients takes the window's statistics, which are gathered over the
+processes; what remains for each micro-batch is one known coefficient per token (`window.py`), and the head takes its gradient
+in the same pass (`head.py`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+import vcpo_kernels as vk
+from vcpo_kernels import _checks
+from vcpo_kernels.integrations.trl.config import VCPOTrainingConfig
+from vcpo_kernels.integrations.trl.head import attach_head
+from vcpo_kernels.integrations.trl.step import EssStep
+from vcpo_kernels.integrations.trl.support import check_support, warn_of_dropout
+from vcpo_kernels.integrations.trl.window import (
+    TokenStatistics,
+    Window,
+    WindowConfig,
+    behavior_logp,
+    micro_batch_loss,
+    sequence_columns,
+    split_rows,
+    window_of,
+)
+
+PAPER = {
+    "title": "Stable Asynchrony: Variance-Controlled Off-Policy RL for LLMs",
+    "id": "2602.17616",
+}
+
+
+class VCPOTrainer(GRPOTrainer):
+    """GRPOTrainer, trained by VCPO (arXiv 2602.17616): same arguments, `args` a VCPOTrainingConfig.
+
+    gradient = -sum_i k_i w^_i A_i sum_t grad log pi(y_it) over the sequences of the accumulation window on all processes,
+    with w^_i = min(exp(L_i), max_weight), L_i = sum_t (log pi - log mu), A_i = (R_i - b_g) / std_g and b_g the off-policy
+    optimal baseline; the step is scaled by sqrt(ESS / B) of the same window. log mu is the sampler's own record
+    (`sampling_per_token_logps`), else what the trainer computed on sampling (`old_per_token_logps`), else log pi (w = 1).
+
+    Everything is logged under `vcpo/`; `learning_rate` is logged as it was used.
+
+    Raises:
+        TypeError: args is no VCPOTrainingConfig. ValueError: a set-up that is not supported, by name (docs/trl.md).
+
+    Example:
+        trainer = VCPOTrainer(
+            model="Qwen/Qwen2.5-0.5B-Instruct",
+            reward_funcs=accuracy_reward,
+            args=VCPOTrainingConfig(output_dir="out", num_iterations=2),
+            train_dataset=dataset,
+        )
+        trainer.train()
+    """
+
+    args: Any  # a VCPOTrainingConfig
+    model: Any
+    _logs: Any
+    _tag_names = ["trl", "vcpo"]  # noqa: RUF012 (TRL's attributes)
+    _name = "VCPO"
+    _paper = PAPER
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: VCPOTrainingConfig | None = None, *rest: Any, **options: Any
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
+            args = VCPOTrainingConfig(f"{name.split('/')[-1] or 'model'}-VCPO")
+        if not isinstance(args, VCPOTrainingConfig):
+            raise TypeError(
+                f"VCPOTrainer: args must be a VCPOTrainingConfig, got {_checks.describe(type(args).__name__)}. It takes all "
+                "arguments of GRPOConfig: change the name."
+            )
+        super().__init__(model, reward_funcs, args, *rest, **options)
+        self._window_config = WindowConfig(
+            max_weight=args.max_weight,
+            baseline_weighting=args.baseline_weighting,
+            aggregation=args.token_aggregation,
+            normalize_std=args.scale_rewards == "group",
+            ess_max_weight=args.ess_max_weight,
+            max_tokens=float(self.max_completion_length),
+            beta=self.beta,
+            kl_correction=args.use_bias_correction_kl,
+        )
+        check_support(self)
+        warn_of_dropout(self.model, args.disable_dropout)
+        for policy in (self.model, self.ref_model):
+            if policy is not None:
+                bare = self.accelerator.unwrap_model(policy)
+                base = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+                attach_head(base, self.temperature, args.cast_lm_head_to_fp32)
+        self._ess_step = EssStep(self, args.ess_rule, args.ess_reference)
+        self.add_callback(self._ess_step)
+        self._raw_window: list[Any] = []
+        self._ready: deque[dict[str, Any]] = deque()
+        self._rows_seen = 0  # sequences generated so far, all processes: rows and groups are numbered by it
+        self._groups_seen = 0
+        self._gathered_rewards: Tensor | None = None
+
+    # --- generation and rewards: TRL's, with R_i and the group beside each sequence ------------------------------------
+
+    def _calculate_rewards(self, *arguments: Any) -> Tensor:
+        rewards: Tensor = super()._calculate_rewards(*arguments)
+        self._gathered_rewards = rewards
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        per_function = self._gathered_rewards
+        assert per_function is not None
+        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        unscorable = per_function.isnan().all(dim=1)  # by every function: takes no part, as with TRL
+        total, size = len(rewards), len(inputs)
+        here = slice(self.accelerator.process_index * size, (self.accelerator.process_index + 1) * size)
+        row = torch.arange(total, device=rewards.device)
+        generations = self.num_generations if self.model.training else self.num_generations_eval
+        output["vcpo_rewards"] = rewards[here]
+        output["vcpo_scorable"] = ~unscorable[here]
+        output["vcpo_groups"] = (self._groups_seen + row // generations)[here]
+        output["vcpo_rows"] = (self._rows_seen + row)[here]
+        self._rows_seen += total
+        self._groups_seen += -(-total // generations)
+        return output
+
+    # --- the window ----------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[Any], Any]:
+        """The Trainer fetches an optimizer step's batches here: they are the window."""
+        batches, num_items = super().get_batch_samples(*arguments)
+        self._raw_window = batches
+        self._ready.clear()
+        return batches, num_items
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if not self.model.training:
+            batch = super()._prepare_inputs(generation_batch)
+            return self._with_coefficients([batch], "eval")[0]
+        if not self._ready:
+            self._ess_step.reset()  # a step that a GradScaler skipped left its observation
+            batches = [self._micro_batch(self._step + i, raw) for i, raw in enumerate(self._raw_window)]
+            self._ready.extend(self._with_coefficients(batches, "train"))
+        return self._ready.popleft()
+
+    def _micro_batch(self, step: int, generation_batch: Any) -> dict[str, Any]:
+        """The micro-batch of one forward and backward, generated every steps_per_generation * num_iterations of them."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        if step % generate_every == 0 or self._buffered_inputs is None:
+            batch = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_rows(batch, self.args.steps_per_generation)
+        micro_batch: dict[str, Any] = self._buffered_inputs[step % self.args.steps_per_generation]
+        return micro_batch
+
+    @torch.no_grad()
+    def _with_coefficients(self, batches: list[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
+        """The micro-batches of a window, each with the coefficients of its tokens; metrics logged, ESS observed."""
+        config = self._window_config
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            passes = [self._statistics(batch) for batch in batches]
+        columns = torch.cat([
+            sequence_columns(stats, norms, batch["vcpo_rewards"], batch["vcpo_groups"], config)
+            for (stats, norms), batch in zip(passes, batches, strict=True)
+        ])  # fmt: skip
+        window = window_of(self.accelerator.gather(columns), config)
+        processes = self.accelerator.num_processes
+        ready, start = [], self.accelerator.process_index * len(columns)
+        for (stats, _), batch in zip(passes, batches, strict=True):
+            rows = slice(start, start + len(stats.mask))
+            start = rows.stop
+            share = micro_batch_loss(stats, window, rows, config, self.entropy_coef)
+            # Gradients, and the logged loss, are averaged over processes; the window's are sums.
+            batch = {**batch, "vcpo_c": share.coefficients * processes, "vcpo_value": share.value * processes}
+            if share.entropy_coefficients is not None:
+                batch["vcpo_h"] = share.entropy_coefficients * processes
+            ready.append(batch)
+        if mode == "train":
+            self._ess_step.observe(window.ess)
+        self._log_window(window, batches, mode)
+        return ready
+
+    def _statistics(self, batch: dict[str, Any]) -> tuple[TokenStatistics, Tensor]:
+        """Token statistics of a micro-batch under the current parameters, and its squared score norms [B]."""
+        # Not the wrapped model: DistributedDataParallel has nothing to do in a pass that leaves no gradient.
+        model = self.accelerator.unwrap_model(self.model)
+        tokens = batch["completion_ids"].shape[1]
+        mask = _trained_mask(batch)
+        if self.args.score_norm == "exact":
+            out, norms = self._exact_norms(model, batch, mask)
+        else:
+            with self.compute_loss_context_manager():
+                out = model(**self._model_inputs(batch))
+            norms = vk.Segments.padded(mask).sum(out.score_sqnorm[:, -tokens:])
+        logp, entropy = out.log_probs[:, -tokens:].detach(), out.entropy[:, -tokens:].detach()
+        correct_sampler = not self.use_vllm or self.vllm_importance_sampling_correction
+        mu = behavior_logp(
+            logp, batch.get("sampling_per_token_logps"), batch.get("old_per_token_logps"), correct_sampler
+        )
+        return TokenStatistics(mask, logp, entropy, mu, batch.get("ref_per_token_logps")), norms
+
+    @torch.enable_grad()
+    def _exact_norms(self, model: nn.Module, batch: dict[str, Any], mask: Tensor) -> tuple[Any, Tensor]:
+        with vk.SequenceGradients(model) as gradients:
+            with self.compute_loss_context_manager():
+                out = model(**self._model_inputs(batch))
+            segments = vk.Segments.padded(_over_prompt(batch, mask))
+            gradients.backward(segments.sum(out.log_probs), segments)
+            return out, gradients.squared_norms()
+
+    def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the model, as TRL forms them; completions are what is scored."""
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        labels = ids.masked_fill(attention == 0, -100)
+        labels[:, : batch["prompt_ids"].shape[1]] = -100
+        inputs = {"input_ids": ids, "attention_mask": attention, "labels": labels, "fused_lm_head": True}
+        return inputs | ({"output_router_logits": True} if self.aux_loss_enabled else {})
+
+    # --- the loss ------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        weights = {"coefficients": _over_prompt(inputs, inputs["vcpo_c"])}
+        if "vcpo_h" in inputs:
+            weights["entropy_coefficients"] = _over_prompt(inputs, inputs["vcpo_h"])
+        out = model(**self._model_inputs(inputs), **weights)
+        loss: Tensor = out.loss - out.loss.detach() + inputs["vcpo_value"]
+        if self.aux_loss_enabled:
+            accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
+            loss = loss + self.router_aux_loss_coef * out.aux_loss / accumulated
+            mode = "train" if self.model.training else "eval"
+            aux = self.accelerator.gather_for_metrics(out.aux_loss.detach()).mean()
+            self._metrics[mode]["aux_loss"].append(aux.item())
+        return loss
+
+    # --- what is logged ------------------------------------------------------------------------------------------------
+
+    def _log_window(self, window: Window, batches: list[dict[str, Any]], mode: str) -> None:
+        metrics = self._metrics[mode]
+        for name, value in window.metrics().items():
+            metrics[f"vcpo/{name}"].append(value)
+        metrics["entropy"].append(window.token_mean("entropy"))
+        if self.beta != 0.0:
+            metrics["kl"].append(window.token_mean("kl"))
+        if self.log_completions:
+            rows = self.accelerator.gather(torch.cat([b["vcpo_rows"] for b in batches]))
+            self._log_advantages(rows.tolist(), window.sequences.advantages.tolist())
+
+    def _log_advantages(self, rows: list[int], advantages: list[float]) -> None:
+        """VCPO's advantages into the table of completions, whose last entries are the last rows generated."""
+        table = self._logs["advantages"]
+        first = self._rows_seen - len(table)
+        for row, advantage in zip(rows, advantages, strict=True):
+            if row >= first:
+                table[row - first] = advantage
+
+    def _get_learning_rate(self) -> float:
+        """The rate as the last step used it; the scheduler keeps its own."""
+        return float(super()._get_learning_rate()) * self._ess_step.scale
+
+
+def _trained_mask(batch: dict[str, Any]) -> Tensor:
+    """[B, C], true where a token is trained on: generated by the model, in a completion that some reward could score."""
+    mask = batch["completion_mask"].bool()
+    if "tool_mask" in batch:
+        mask = mask & batch["tool_mask"].bool()
+    scored: Tensor = mask & batch["vcpo_scorable"][:, None]
+    return scored
+
+
+def _over_prompt(batch: dict[str, Any], of_completion: Tensor) -> Tensor:
+    """[B, C] -> [B, P + C], 0 over the prompt."""
+    return torch.nn.functional.pad(of_completion, (batch["prompt_ids"].shape[1], 0))
