@@ -323,5 +323,5 @@ def _scale(where: str, aggregation: str, terms: dict[str, Any], tokens: TokenBat
     lengths = tokens.lengths
     given = (terms["num_sequences"], terms["num_tokens"])
     counted = ((lengths > 0).sum().double(), lengths.sum())
-    totals = [c if g is None else lengths.new_tensor(g) for g, c in zip(given, counted, strict=True)]
+    totals = [c if g is None else torch.full_like(c, g) for g, c in zip(given, counted, strict=True)]
     return tokens.spread(aggregation_scale(aggregation, lengths, totals[0], totals[1], max_tokens))

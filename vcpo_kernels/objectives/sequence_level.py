@@ -14,8 +14,8 @@ from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, finite_float,
 from vcpo_kernels.objectives.clipped import clipped_terms, log_clip_bounds
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.output import ObjectiveOutput
-from vcpo_kernels.objectives.reinforce import require_sequence_advantages
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
+from vcpo_kernels.objectives.weighted import require_sequence_advantages
 from vcpo_kernels.segments import Segments
 from vcpo_kernels.token_stats import TokenStats
 

@@ -29,6 +29,11 @@ def times(weights: Tensor, advantages: Tensor) -> Tensor:
     return torch.where((advantages == 0) | (weights == 0), 0.0, weights * advantages)
 
 
+def by_flag(flags: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """One of two numbers per token, in the dtype of `like` (torch.where of two floats rounds them to float32)."""
+    return torch.where(flags, torch.full_like(like, yes), no)
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Tokens [N] of a batch, detached, in fp32 or float64. Everything is 0 where `live` is false, so it may hold no NaN there.

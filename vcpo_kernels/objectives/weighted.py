@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from vcpo_kernels.objectives.build import CommonTerms, Rule, TokenTerms, finite_float, objective_from_coefficients
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.output import ObjectiveOutput
-from vcpo_kernels.objectives.tokens import TokenBatch, times
+from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times
 from vcpo_kernels.segments import Segments
 from vcpo_kernels.token_stats import TokenStats
 
@@ -281,8 +280,8 @@ def topr(
         require_sequence_advantages(where, tokens)
         log_w = tokens.sequence_sum(tokens.log_weight)
         good = tokens.advantages >= 0
-        low = torch.where(good, positive[0], negative[0]).to(log_w.dtype)
-        high = torch.where(good, positive[1], negative[1]).to(log_w.dtype)
+        low = by_flag(good, positive[0], negative[0], log_w)
+        high = by_flag(good, positive[1], negative[1], log_w)
         weights = log_w.clamp(low, high).exp()
         metrics = {"truncated_fraction": (log_w < low) | (log_w > high), "weight_mean": weights}
         return TokenTerms(times(weights, tokens.advantages), metrics=metrics, per_sequence=True)

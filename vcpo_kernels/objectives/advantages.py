@@ -1,0 +1,228 @@
+"""Advantages: from rewards and groups to what an objective takes, one function per baseline.
+
+Layer: sequences [B] (the optimal token baseline: tokens [N]). All are constants without gradient. A group whose rewards are all
+equal (a group of one among them) gets exactly zero, whatever the baseline.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.baselines import check_groups, check_norms, check_rewards, group_baselines, grouped
+from vcpo_kernels.objectives.build import finite_float
+from vcpo_kernels.weights import usable
+
+STD_FLOOR = 1e-8  # as vcpo_loss: a smaller deviation does not divide
+
+
+class _Groups:
+    """Checked rewards and groups: r [B] float64, ids [B], count, ok (which sequences take part), in their dtype at the end."""
+
+    def __init__(
+        self, where: str, rewards: Tensor, groups: int | Tensor, num_groups: int | None, valid: Tensor | None
+    ) -> None:
+        _checks.tensor(where, "rewards", rewards)
+        if rewards.dim() != 1:
+            raise ValueError(
+                f"{where}: rewards must be [B], got {_checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."
+            )
+        ids, size, self.count = check_groups(where, groups, rewards.shape[0], num_groups)
+        if ids is None:
+            ids = torch.arange(rewards.shape[0], device=rewards.device) // size
+        _checks.same_device(where, "groups", ids, "rewards", rewards)
+        live = torch.ones_like(ids, dtype=torch.bool)
+        if valid is not None:
+            live = _checks.as_mask(where, "valid", valid)
+            _checks.shape(where, "valid", live, rewards.shape, "rewards.shape")
+            _checks.same_device(where, "valid", live, "rewards", rewards)
+        check_rewards(where, rewards, live)
+        self.ids, self.dtype = ids, torch.float64 if rewards.dtype == torch.float64 else torch.float32
+        self.r = rewards.detach().double()
+        self.ok = live & self.r.isfinite()
+
+    def advantages(self, log_a: Tensor, ok: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """R less the exp(log_a)-weighted mean of its group (0 where not ok, or all equal), and the group's std, by sequence."""
+        ok = self.ok if ok is None else ok
+        baseline, std, equal = group_baselines(self.r, log_a, ok, self.ids, self.count)
+        return torch.where(ok & ~equal[self.ids], self.r - baseline[self.ids], 0.0), std[self.ids]
+
+    def sizes(self) -> Tensor:
+        """How many sequences of its group take part, by sequence."""
+        return grouped("sum", self.ok.double(), self.ids, self.count, 0.0)[self.ids]
+
+
+def group_mean_advantages(
+    rewards: Tensor, groups: int | Tensor, *, num_groups: int | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """R_i less the mean of its group (Dr.GRPO, arXiv 2503.20783).
+
+    Args:
+        rewards: R_i, [B].
+        groups: sequences per prompt (consecutive), or an integer group id per sequence, [B].
+        num_groups: for ids, how many groups there are; default B, an upper bound that needs no synchronisation.
+        valid: bool [B]; false takes a sequence out of its group, with advantage 0 (`segments.lengths > 0`). None: all in.
+
+    Returns:
+        [B], float32 (float64 for float64 rewards).
+
+    Raises:
+        TypeError, ValueError: naming the argument; on the CPU also for rewards that are not finite.
+
+    >>> import torch
+    >>> from vcpo_kernels import objectives
+    >>> objectives.group_mean_advantages(torch.tensor([1.0, 0.0, 3.0, 3.0]), 2)
+    tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    """
+    batch = _Groups("group_mean_advantages", rewards, groups, num_groups, valid)
+    return batch.advantages(torch.zeros_like(batch.r))[0].to(batch.dtype)
+
+
+def group_normalized_advantages(
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    sample_std: bool = False,
+    epsilon: float = 0.0,
+    num_groups: int | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """(R_i - mean) / (std + epsilon) over its group (GRPO, arXiv 2402.03300).
+
+    The default is `vcpo_loss`'s: the population's standard deviation, dividing where it is > 1e-8. TRL has sample_std=True and
+    epsilon=1e-4, verl sample_std=True and 1e-6.
+
+    Args:
+        rewards, groups, num_groups, valid: as in `group_mean_advantages`.
+        sample_std: divide the squares by n - 1 instead of n.
+        epsilon: added to the deviation, >= 0.
+
+    Returns:
+        [B], float32 (float64 for float64 rewards).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch
+    >>> from vcpo_kernels import objectives
+    >>> objectives.group_normalized_advantages(torch.tensor([4.0, 0.0, 3.0, 3.0]), 2)
+    tensor([ 1., -1.,  0.,  0.])
+    """
+    where = "group_normalized_advantages"
+    sample = _checks.boolean(where, "sample_std", sample_std)
+    epsilon = finite_float(where, "epsilon", epsilon, minimum=0.0)
+    batch = _Groups(where, rewards, groups, num_groups, valid)
+    centred, std = batch.advantages(torch.zeros_like(batch.r))
+    if sample:
+        size = batch.sizes()
+        std = std * (size / (size - 1).clamp(min=1)).sqrt()
+    return _divided(centred, std, epsilon).to(batch.dtype)
+
+
+def _divided(advantages: Tensor, std: Tensor, epsilon: float = 0.0) -> Tensor:
+    return torch.where(std > STD_FLOOR, advantages / (std + epsilon), advantages)
+
+
+def leave_one_out_advantages(
+    rewards: Tensor, groups: int | Tensor, *, num_groups: int | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """RLOO: R_i less the mean of the others of its group, n/(n - 1) (R_i - mean) (arXiv 2402.14740; verl's "rloo").
+
+    A group of one has no others and gets 0 (verl leaves its reward as it is).
+
+    Args:
+        rewards, groups, num_groups, valid: as in `group_mean_advantages`.
+
+    Returns:
+        [B], float32 (float64 for float64 rewards).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch
+    >>> from vcpo_kernels import objectives
+    >>> objectives.leave_one_out_advantages(torch.tensor([1.0, 0.0, 0.0, 3.0]), 4)
+    tensor([ 0.0000, -1.3333, -1.3333,  2.6667])
+    """
+    batch = _Groups("leave_one_out_advantages", rewards, groups, num_groups, valid)
+    size = batch.sizes()
+    centred = batch.advantages(torch.zeros_like(batch.r))[0]
+    return (centred * size / (size - 1).clamp(min=1)).to(batch.dtype)
+
+
+def length_weighted_advantages(
+    rewards: Tensor, groups: int | Tensor, lengths: Tensor, *, num_groups: int | None = None
+) -> Tensor:
+    """OPO: R_i less the length-weighted mean of its group, sum |T_j| R_j / sum |T_j| (arXiv 2505.23585; verl's "opo").
+
+    The optimal baseline on the policy where every token's score has the same norm. A sequence without tokens takes no part.
+
+    Args:
+        rewards, groups, num_groups: as in `group_mean_advantages`.
+        lengths: |T_i|, [B] (`segments.lengths`).
+
+    Returns:
+        [B], float32 (float64 for float64 rewards).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch
+    >>> from vcpo_kernels import objectives
+    >>> objectives.length_weighted_advantages(torch.tensor([1.0, 0.0]), 2, torch.tensor([3.0, 1.0]))
+    tensor([ 0.2500, -0.7500])
+    """
+    where = "length_weighted_advantages"
+    _checks.tensor(where, "lengths", lengths)
+    live = lengths > 0
+    batch = _Groups(where, rewards, groups, num_groups, live)
+    return batch.advantages(lengths.detach().double().log())[0].to(batch.dtype)
+
+
+def opob_advantages(
+    rewards: Tensor,
+    groups: int | Tensor,
+    log_weights: Tensor,
+    score_sqnorm: Tensor,
+    *,
+    normalize_std: bool = True,
+    num_groups: int | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """VCPO's off-policy optimal baseline for any objective: R_i - b_g, b_g = sum a_j R_j, a = softmax(2 L_j + log n_j).
+
+    As `vcpo_loss` with its default baseline (arXiv 2602.17616); `off_policy_baseline` has the baseline itself. A sequence
+    whose L_i is NaN or +inf takes no part and gets 0.
+
+    Args:
+        rewards, groups, num_groups, valid: as in `group_mean_advantages`.
+        log_weights: L_i, [B] (`sequence_log_weights`).
+        score_sqnorm: n_i, [B]: `segments.sum(stats.score_sqnorm)`, or exact ones from `SequenceGradients`.
+        normalize_std: divide by the group's population standard deviation where that is > 1e-8.
+
+    Returns:
+        [B], float32 (float64 for float64 rewards).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch
+    >>> from vcpo_kernels import objectives
+    >>> objectives.opob_advantages(
+    ...     torch.tensor([1.0, 0.0]), 2, torch.zeros(2), torch.tensor([3.0, 1.0]), normalize_std=False)
+    tensor([ 0.2500, -0.7500])
+    """
+    where = "opob_advantages"
+    batch = _Groups(where, rewards, groups, num_groups, valid)
+    for name, value in (("log_weights", log_weights), ("score_sqnorm", score_sqnorm)):
+        _checks.tensor(where, name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
+        _checks.shape(where, name, value, rewards.shape, "rewards.shape")
+        _checks.same_device(where, name, value, "rewards", rewards)
+    log_w, norms = log_weights.detach().double(), score_sqnorm.detach().double()
+    check_norms(where, "score_sqnorm", norms, batch.ok & usable(log_w))
+    ok = batch.ok & usable(log_w) & (norms >= 0) & norms.isfinite()
+    advantages, std = batch.advantages(2 * log_w + norms.log(), ok)
+    if _checks.boolean(where, "normalize_std", normalize_std):
+        advantages = _divided(advantages, std)
+    return advantages.to(batch.dtype)

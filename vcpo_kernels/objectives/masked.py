@@ -1,0 +1,253 @@
+"""Objectives that leave out tokens or sequences which drifted too far: IcePop, OPSM, M2PO, DPPO-TV.
+
+Layer: tokens [N]. What is left out stays in the aggregation's counts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, finite_float, objective_from_coefficients
+from vcpo_kernels.objectives.clipped import clipped_terms, dual_bound, log_clip_bounds
+from vcpo_kernels.objectives.correction import Correction, check_bounds
+from vcpo_kernels.objectives.output import ObjectiveOutput
+from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
+from vcpo_kernels.segments import Segments
+from vcpo_kernels.token_stats import TokenStats
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+def icepop(
+    stats: TokenStats,
+    behavior_logp: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    min_weight: float | None = 0.5,
+    max_weight: float | None = 5.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    proximal_logp: Tensor | None = None,
+    aggregation: str = "token-mean",
+    **common: Unpack[CommonTerms],
+) -> ObjectiveOutput:
+    """IcePop: PPO's clip, times k 1(min_weight <= k <= max_weight) with k = pi_prox/mu of each token.
+
+    Token objective M(k) min(r A, clip(r) A), r = pi/pi_prox (Ling team, "Small Leak Can Sink a Great Ship: Boost RL Training
+    on MoE with IcePop", 2025, with [0.5, 5]; Ring-1T). k is the mismatch of the sampler and the trainer's own old policy.
+
+    Args:
+        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+        min_weight, max_weight: the range of k that is trained on.
+        clip_low, clip_high: as in `ppo_clip`.
+        proximal_logp: the trainer's logp at the last update. None: the policy as it is (one step per batch), r = 1 and
+            k = pi/mu.
+
+    Returns:
+        ObjectiveOutput; metrics as `ppo_clip`, correction_mean, correction_outside_fraction (the masked ones).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> from vcpo_kernels import objectives
+    >>> stats = vk.token_stats(torch.zeros(1, 2, 4, requires_grad=True), torch.zeros(1, 2, dtype=torch.long))
+    >>> mu = stats.logp.detach() - torch.tensor([[0.0, 9.0]])
+    >>> objectives.icepop(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
+    tensor([[0.5000, 0.0000]])
+    """
+    where = "icepop"
+    check_bounds(where, "min_weight", min_weight, "max_weight", max_weight)
+    low, high = log_clip_bounds(where, clip_low, clip_high)
+    if proximal_logp is None and isinstance(stats, TokenStats):
+        proximal_logp = stats.logp.detach()
+
+    def rule(tokens: TokenBatch) -> TokenTerms:
+        return clipped_terms(tokens.log_ratio, tokens.advantages, low, high)
+
+    return objective_from_coefficients(
+        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, proximal_logp=proximal_logp,
+        correction=Correction("mask", "token", min_weight, max_weight), **common,
+    )  # fmt: skip
+
+
+def opsm(
+    stats: TokenStats,
+    behavior_logp: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    threshold: float = 0.5,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    proximal_logp: Tensor | None = None,
+    correction: Correction | None = None,
+    aggregation: str = "seq-mean-token-mean",
+    **common: Unpack[CommonTerms],
+) -> ObjectiveOutput:
+    """Off-policy sequence masking: PPO's clip without the bad sequences (A < 0) that the policy has moved away from.
+
+    A token is left out where A < 0 and mean_t(log mu - log pi) > threshold over its sequence (DeepSeek-V3.2, arXiv 2512.02556,
+    eq. 9; TRL's off_policy_mask_threshold, of which its documentation names 0.5; slime's --opsm-delta, 1e-4).
+
+    Args:
+        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+        threshold: delta, in nats per token, >= 0.
+        clip_low, clip_high, dual_clip, proximal_logp, correction: as in `ppo_clip`. The mask is always against mu.
+
+    Returns:
+        ObjectiveOutput; metrics as `ppo_clip`, masked_fraction.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> from vcpo_kernels import objectives
+    >>> stats = vk.token_stats(torch.zeros(2, 1, 4, requires_grad=True), torch.zeros(2, 1, dtype=torch.long))
+    >>> mu = stats.logp.detach() + torch.tensor([[0.6], [0.1]])
+    >>> seg = vk.Segments.padded(torch.ones(2, 1))
+    >>> objectives.opsm(stats, mu, -torch.ones(2), seg, clip_low=1.0).coefficients
+    tensor([[ 0.0000],
+            [-0.4524]])
+    """
+    where = "opsm"
+    low, high = log_clip_bounds(where, clip_low, clip_high)
+    dual = dual_bound(where, dual_clip, clip_high)
+    delta = finite_float(where, "threshold", threshold, minimum=0.0)
+
+    def rule(tokens: TokenBatch) -> TokenTerms:
+        terms = clipped_terms(tokens.log_ratio, tokens.advantages, low, high, dual)
+        masked = (tokens.advantages < 0) & (tokens.sequence_mean(-tokens.log_weight) > delta)
+        return _left_out(terms, masked, per_sequence=True)
+
+    return objective_from_coefficients(
+        where, rule, stats, behavior_logp, advantages, segments,
+        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction, **common,
+    )  # fmt: skip
+
+
+def _left_out(terms: TokenTerms, masked: Tensor, per_sequence: bool) -> TokenTerms:
+    values = None if terms.values is None else torch.where(masked, 0.0, terms.values)
+    coefficients = torch.where(masked, 0.0, terms.coefficients)
+    return TokenTerms(coefficients, values, {**terms.metrics, "masked_fraction": masked}, per_sequence)
+
+
+def m2po(
+    stats: TokenStats,
+    behavior_logp: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    threshold: float = 0.04,
+    trust_region_only: bool = True,
+    aggregation: str = "token-mean",
+    **common: Unpack[CommonTerms],
+) -> ObjectiveOutput:
+    """M2PO: r A without the tokens of largest (log r)^2, as many as it takes to bring their mean down to the threshold.
+
+    Second-moment trust policy optimization (arXiv 2510.01161, Algorithm 1), r = pi/mu: among the trust-region tokens (A > 0
+    and r > 1, or A < 0 and r < 1) the largest (log r)^2 are masked until the mean of the remaining is <= threshold; all others
+    keep their gradient r A grad logp. AReaL takes the mean over all tokens (trust_region_only=False). The mask is taken over
+    the batch that this call sees: with micro-batches, over each by itself. Unmasked ratios of e^80 and more are dropped.
+
+    Args:
+        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+        threshold: tau_M2, > 0.
+        trust_region_only: False: every valid token is in the mean and may be masked.
+
+    Returns:
+        ObjectiveOutput; metrics masked_fraction, second_moment (mean of (log r)^2 over all tokens that take part).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> from vcpo_kernels import objectives
+    >>> stats = vk.token_stats(torch.zeros(1, 3, 4, requires_grad=True), torch.zeros(1, 3, dtype=torch.long))
+    >>> mu = stats.logp.detach() - torch.tensor([[0.1, 2.0, -2.0]])
+    >>> objectives.m2po(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 3))).coefficients
+    tensor([[0.3684, 0.0000, 0.0451]])
+    """
+    where = "m2po"
+    tau = _checks.positive_float(where, "threshold", threshold) or 0.0
+    only = _checks.boolean(where, "trust_region_only", trust_region_only)
+
+    def rule(tokens: TokenBatch) -> TokenTerms:
+        d, a = tokens.log_ratio, tokens.advantages
+        second_moment = d.double().square()
+        candidates = tokens.live & (second_moment < math.inf)
+        if only:
+            candidates = candidates & (((a > 0) & (d > 0)) | ((a < 0) & (d < 0)))
+        # In ascending order the running mean never falls, so the tokens to keep are those up to its last value <= tau.
+        ascending, order = torch.where(candidates, second_moment, math.inf).sort(stable=True)
+        ranks = torch.arange(1, d.shape[0] + 1, device=d.device)
+        kept = torch.zeros_like(candidates).scatter(0, order, ascending.cumsum(0) / ranks <= tau)
+        masked = candidates & ~kept
+        values = torch.where(masked, 0.0, times(tokens.ratio, a))
+        return TokenTerms(values, values, {"masked_fraction": masked, "second_moment": second_moment})
+
+    return objective_from_coefficients(
+        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    )
+
+
+def dppo_tv(
+    stats: TokenStats,
+    behavior_logp: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    *,
+    divergence_low: float = 0.2,
+    divergence_high: float = 0.2,
+    max_ratio: float | None = 20.0,
+    aggregation: str = "token-mean",
+    **common: Unpack[CommonTerms],
+) -> ObjectiveOutput:
+    """DPPO with the binary total-variation mask: a token is left out once its probability, not its ratio, has moved enough.
+
+    Token objective sg[min(r, max_ratio)] A log pi, r = pi/mu, left out where A > 0 and pi - mu > divergence_high, or A <= 0 and
+    pi - mu < -divergence_low (arXiv 2602.04879, Binary-TV; verl's "dppo_tv", whose clip_ratio_c = 20 is max_ratio; prime-rl's
+    dppo_mask_low and dppo_mask_high, 0.2).
+
+    Args:
+        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+        divergence_low, divergence_high: in probability, >= 0.
+        max_ratio: None: untruncated (then e^80 and more is dropped and counted).
+
+    Returns:
+        ObjectiveOutput; metrics masked_fraction, truncated_fraction.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> from vcpo_kernels import objectives
+    >>> stats = vk.token_stats(torch.zeros(1, 2, 4, requires_grad=True), torch.zeros(1, 2, dtype=torch.long))
+    >>> mu = torch.tensor([[0.2, 0.04]]).log()  # pi = 0.25: moved by 0.05 and by 0.21
+    >>> objectives.dppo_tv(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
+    tensor([[0.6250, 0.0000]])
+    """
+    where = "dppo_tv"
+    low = finite_float(where, "divergence_low", divergence_low, minimum=0.0)
+    high = finite_float(where, "divergence_high", divergence_high, minimum=0.0)
+    limit = _checks.positive_float(where, "max_ratio", max_ratio, optional=True)
+    log_limit = math.inf if limit is None else math.log(limit)
+
+    def rule(tokens: TokenBatch) -> TokenTerms:
+        moved = tokens.logp.exp() - tokens.behavior_logp.exp()
+        masked = torch.where(tokens.advantages > 0, moved > high, moved < -low)
+        weights = exp_or_drop(tokens.log_ratio.clamp(max=log_limit))
+        metrics = {"truncated_fraction": ~masked & (tokens.log_ratio > log_limit)}
+        return _left_out(TokenTerms(times(weights, tokens.advantages), metrics=metrics), masked, per_sequence=False)
+
+    return objective_from_coefficients(
+        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    )

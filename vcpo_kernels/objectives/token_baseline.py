@@ -1,0 +1,141 @@
+"""The optimal token baseline: one baseline for every position of a group's sequences.
+
+Layer: tokens [N]. Sums over (group, position) by sorting, so that it needs no padding and no synchronisation in any layout.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.baselines import check_groups, check_rewards, group_baselines, grouped
+from vcpo_kernels.objectives.tokens import like_logp
+from vcpo_kernels.segment_sum import segment_sum
+from vcpo_kernels.segments import Segments
+from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.weights import check_segments
+
+
+def optimal_token_advantages(
+    rewards: Tensor,
+    groups: int | Tensor,
+    stats: TokenStats,
+    segments: Segments,
+    *,
+    token_weights: Tensor | None = None,
+    zero_tail: bool = True,
+    num_groups: int | None = None,
+) -> Tensor:
+    """A_it = R_i - B_t with B_t = sum_j W_jt R_j / sum_j W_jt over the group's sequences that reach position t.
+
+    W_jt = sum_{s <= t} rho_js^2 ||e_y - p||^2 is the variance that the sequence has gathered so far, in logit space: verl's
+    "optimal_token_baseline", whose 1 - 2 pi + sum pi^2 is `stats.score_sqnorm`, with the return R_i at every position. t counts
+    the sequence's valid tokens. Where all W are 0 the baseline is the mean. Two things verl does not do: a group whose rewards
+    are all equal gets exactly zero, and no epsilon is added to the denominator.
+
+    Args:
+        rewards: R_i, [B]. groups, num_groups: as in `group_mean_advantages`.
+        stats: from `token_stats`; score_sqnorm is read.
+        segments: which tokens belong to which sequence, and which count.
+        token_weights: rho_t, truncated importance weights in the shape of stats.logp, as verl's rollout_is_weights. None: 1.
+        zero_tail: no baseline for the longest sequence of a group beyond the second longest, where it would be compared with
+            itself alone (verl's handle_zero_tail). False: such tokens get 0.
+
+    Returns:
+        Advantages in the shape of stats.logp, 0 where a token does not count.
+
+    Raises:
+        TypeError, ValueError: naming the argument; on the CPU also for rewards and token_weights that are not finite.
+
+    >>> import torch, vcpo_kernels as vk
+    >>> from vcpo_kernels import objectives
+    >>> stats = vk.token_stats(torch.zeros(2, 2, 4), torch.zeros(2, 2, dtype=torch.long))
+    >>> seg = vk.Segments.padded(torch.tensor([[1, 1], [1, 0]]))
+    >>> objectives.optimal_token_advantages(torch.tensor([1.0, 0.0]), 2, stats, seg)
+    tensor([[ 0.5000,  1.0000],
+            [-0.5000,  0.0000]])
+    """
+    where = "optimal_token_advantages"
+    check_segments(where, segments)
+    if not isinstance(stats, TokenStats):
+        raise TypeError(
+            f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}."
+        )
+    norms = segments.flat(where, "stats", stats.score_sqnorm).detach()
+    _checks.tensor(where, "rewards", rewards)
+    _checks.shape(where, "rewards", rewards, (segments.num_sequences,), "one reward per sequence")
+    _checks.same_device(where, "rewards", rewards, "stats", norms)
+    ids, size, count = check_groups(where, groups, rewards.shape[0], num_groups)
+    if ids is None:
+        ids = torch.arange(rewards.shape[0], device=rewards.device) // size
+    _checks.same_device(where, "groups", ids, "stats", norms)
+    tail = _checks.boolean(where, "zero_tail", zero_tail)
+    weights = None if token_weights is None else like_logp(where, "token_weights", token_weights, segments, norms)
+    walk = _Walk(segments, norms.numel(), stats.shifted)
+    gathered = norms.double() if weights is None else norms.double() * weights.double().square()
+    gathered = torch.where(walk.live, gathered[walk.order], 0.0)
+    if _checks.readable(gathered) and not bool(gathered.isfinite().all()):
+        raise ValueError(
+            f"{where}: token_weights (and stats.score_sqnorm) must be finite at valid tokens. Truncate the weights first."
+        )
+    return _advantages(rewards, ids, count, walk, torch.nan_to_num(gathered, 0.0, 0.0, 0.0), tail, where).view(
+        stats.logp.shape
+    )
+
+
+class _Walk:
+    """The tokens in order of sequence and position. Tensors [N]: order (flat positions), sequence, live, position (from 1)."""
+
+    def __init__(self, segments: Segments, num_tokens: int, shifted: bool) -> None:
+        mask = segments.mask_without_first(num_tokens) if shifted else segments.mask
+        device = segments.offsets.device
+        places = torch.arange(num_tokens, device=device)
+        self.order = places if segments.order is None else segments.order
+        # Which sequence owns the p-th token of this walk; one past the last sequence for tokens of none.
+        owner = torch.searchsorted(segments.offsets, places, right=True) - 1
+        self.live = owner < segments.num_sequences
+        if mask is not None:
+            self.live = self.live & mask[self.order]
+        self.sequence = owner.clamp(max=max(segments.num_sequences - 1, 0))
+        self.start = segments.offsets[self.sequence] if segments.num_sequences else places
+        self.position = self.running(self.live.double()).round().long()
+        self.lengths = segment_sum(
+            torch.ones(num_tokens, dtype=torch.float64, device=device), mask, segments.offsets, segments.order
+        )
+
+    def running(self, values: Tensor) -> Tensor:
+        """Sums of each sequence up to and including each token, float64; values must be 0 where not live."""
+        total = torch.nn.functional.pad(values.cumsum(0), (1, 0))
+        return total[1:] - total[self.start.clamp(max=values.shape[0])]
+
+
+def _advantages(
+    rewards: Tensor, ids: Tensor, count: int, walk: _Walk, gathered: Tensor, zero_tail: bool, where: str
+) -> Tensor:
+    reward = rewards.detach().double()
+    present = walk.lengths > 0
+    check_rewards(where, rewards, present)
+    ok = present & reward.isfinite()
+    _, _, equal = group_baselines(reward, torch.zeros_like(reward), ok, ids, count)
+    live = walk.live & ok[walk.sequence]
+    r = torch.where(live, reward[walk.sequence], 0.0)
+    w = torch.where(live, walk.running(gathered), 0.0)
+    # One cell per (group, position): cells in use are numbered by sorting their keys, so that no table [groups, T] is needed.
+    key = torch.where(live, ids[walk.sequence] * (r.shape[0] + 1) + walk.position, -1)
+    in_order, by_key = torch.sort(key, stable=True)
+    new = torch.ones_like(in_order, dtype=torch.bool)
+    new[1:] = in_order[1:] != in_order[:-1]
+    cell = torch.empty_like(by_key).scatter_(0, by_key, new.cumsum(0) - 1)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.zeros_like(r).scatter_add(0, cell, values)[cell]
+
+    weight, here = total(w), total(live.double())
+    baseline = torch.where(weight > 0, total(w * r) / weight, total(r) / here.clamp(min=1))
+    group_size = grouped("sum", ok.double(), ids, count, 0.0)[ids][walk.sequence]
+    alone = (here == 1) & (group_size > 1)
+    baseline = torch.where(alone, 0.0 if zero_tail else r, baseline)
+    advantages = torch.where(live & ~equal[ids][walk.sequence], r - baseline, 0.0)
+    wide = torch.float64 if rewards.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(advantages).scatter(0, walk.order, advantages).to(wide)
