@@ -15,7 +15,12 @@ CLOSE = 1 - 1e-6
 
 
 def check_step(
-    trainer: Any, step: int, sequences: list[setup.Sequence], mu: list[torch.Tensor], exact: bool = False, **options: Any
+    trainer: Any,
+    step: int,
+    sequences: list[setup.Sequence],
+    mu: list[torch.Tensor],
+    exact: bool = False,
+    **options: Any,
 ) -> Any:
     policy = setup.float64_copy(trainer.model, trainer.recorder.models[step])
     temperature = options.get("temperature", 1.0)

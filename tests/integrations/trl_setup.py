@@ -134,7 +134,9 @@ class GradientRecorder(transformers.TrainerCallback):
         self.models.append({n: p.detach().clone() for n, p in bare.named_parameters()})
 
 
-def trainer(folder: Path, rollouts: Rollouts | None = None, base: nn.Module | None = None, **changes: Any) -> VCPOTrainer:
+def trainer(
+    folder: Path, rollouts: Rollouts | None = None, base: nn.Module | None = None, **changes: Any
+) -> VCPOTrainer:
     made = VCPOTrainer(
         model() if base is None else base,
         reward,
@@ -187,7 +189,9 @@ def expected(
     """VCPO of a window whose groups are consecutive."""
     with torch.no_grad():
         temperature = options.pop("temperature", 1.0)
-        log_weights = [float((token_logp(policy, s, temperature) - m).sum()) for s, m in zip(sequences, mu, strict=True)]
+        log_weights = [
+            float((token_logp(policy, s, temperature) - m).sum()) for s, m in zip(sequences, mu, strict=True)
+        ]
     groups = [i // GROUP for i in range(len(sequences))]
     lengths, rewards = [len(s.completion) for s in sequences], [s.reward for s in sequences]
     return brute_force.vcpo(log_weights, lengths, rewards, groups, norms, groups[-1] + 1, **options)

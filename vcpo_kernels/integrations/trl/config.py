@@ -61,9 +61,9 @@ class VCPOTrainingConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         where = "VCPOTrainingConfig"
-        refuse_options(where, self, GRPOConfig, _BaseConfig, OWN)
+        refuse_options(where, self, GRPOConfig, _BaseConfig, OWN)  # before others complain of the same option
+        super().__post_init__()
         check_ess(where, self)
         self.ess_max_weight = _checks.positive_float(where, "ess_max_weight", self.ess_max_weight, optional=True)
         _checks.choice(where, "baseline_weighting", self.baseline_weighting, tuple(WEIGHTINGS))
@@ -76,7 +76,8 @@ class VCPOTrainingConfig(GRPOConfig):
                     f"{where}: aggregation={self.aggregation!r} and loss_type={self.loss_type!r} (which is {of_loss_type!r}) "
                     "disagree. Leave one of them out."
                 )
-        if self.score_norm == "exact" and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        checkpointing: Any = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
+        if self.score_norm == "exact" and checkpointing.get("use_reentrant"):
             raise ValueError(
                 f"{where}: score_norm='exact' cannot see into reentrant checkpoints. Set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or score_norm='logit'."
@@ -86,6 +87,8 @@ class VCPOTrainingConfig(GRPOConfig):
     def _check_window(self, where: str) -> None:
         """A step's window must hold whole groups, or a baseline would be taken over a part of one."""
         accumulated, generated = self.gradient_accumulation_steps, self.steps_per_generation
+        assert generated is not None
+        assert self.num_generations is not None
         together = math.gcd(accumulated, generated)  # micro-batches that one generation and one window always share
         if together == generated:
             return

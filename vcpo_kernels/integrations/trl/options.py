@@ -23,6 +23,7 @@ _WEIGHTS = "VCPO has sequence weights of its own, truncated at max_weight."
 _VLLM_WEIGHTS = "VCPO corrects for the sampler and for staleness in one weight, truncated at max_weight."
 _SAPO, _VESPO = "It belongs to loss_type='sapo'.", "It belongs to loss_type='vespo'."
 _ENTROPY_CONTROL = "Adaptive entropy control is not built in; a constant entropy_coef is."
+_COMPILED = "The head is patched in each forward, which a compiled model does not see."
 _LOSS_TYPES = "Say how tokens are weighed with loss_type='dapo', 'grpo' or 'dr_grpo', or with aggregation=..."
 
 # Options that take no value but TRL's default.
@@ -54,12 +55,17 @@ REFUSED: Mapping[str, str] = {
 # Options that take some of the values that TRL takes: those, and why not the others.
 LIMITED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "loss_type": (tuple(AGGREGATION_OF), f"The others are other losses than VCPO's. {_LOSS_TYPES}"),
-    "scale_rewards": (("group", "none"), "VCPO divides by the standard deviation of the group, or by nothing."),
+    "scale_rewards": (
+        ("group", "none", True, False),
+        "VCPO divides by the standard deviation of the group, or by nothing.",
+    ),
 }
 
-# What the training arguments of transformers may not be: (name, what is wrong with a value, why).
+# Training arguments of transformers that must stay unset.
 REFUSED_TRAINING: Mapping[str, str] = {
-    "torch_compile": "The head is patched in each forward, which a compiled model does not see.",
+    "torch_compile": _COMPILED,
+    "torch_compile_backend": _COMPILED,
+    "torch_compile_mode": _COMPILED,
     "neftune_noise_alpha": "The two passes of a window would see different noise.",
     "deepspeed": "Its engine steps inside backward, before the window's rate is known. Use DistributedDataParallel.",
     "fsdp": "Sharded parameters are untested here. Use DistributedDataParallel.",

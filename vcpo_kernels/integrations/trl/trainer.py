@@ -65,6 +65,10 @@ class VCPOTrainer(GRPOTrainer):
 
     args: Any  # a VCPOTrainingConfig
     model: Any
+    max_completion_length: Any
+    num_generations: Any
+    num_generations_eval: Any
+    _buffered_inputs: Any
     _logs: Any
     _tag_names = ["trl", "vcpo"]  # noqa: RUF012 (TRL's attributes)
     _name = "VCPO"
