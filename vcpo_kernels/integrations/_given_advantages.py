@@ -1,0 +1,109 @@
+"""VCPO's truncated sequence weights on advantages that the trainer has computed already.
+
+Layer: tokens [N] -> sequences [B]. verl, prime-rl and slime hand a loss function log-probabilities and advantages, not rewards
+and groups. What is left for VCPO's loss is one coefficient per token, w^_i A_t; each trainer applies its own aggregation k.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.segments import Segments
+from vcpo_kernels.vcpo import VCPOOutput
+from vcpo_kernels.vcpo_coefficients import usable_below
+from vcpo_kernels.weights import check_segments, ess_from_moments, ess_moments
+
+
+@dataclass(frozen=True)
+class WeightedAdvantages:
+    """All detached. coefficients: w^_i A_t in the tokens' shape, 0 where masked out or dropped. log_weights: L_i [B].
+
+    moments: `weights.ess_moments` of the batch. metrics: 0-d tensors.
+    """
+
+    coefficients: Tensor
+    log_weights: Tensor
+    moments: Tensor
+    metrics: dict[str, Tensor]
+
+    def surrogate(self, logp: Tensor) -> Tensor:
+        """-w^_i A_t per token, in logp's shape; its gradient with respect to logp_t is -w^_i A_t too (`vcpo_loss`'s value).
+
+        logp is added and subtracted where a coefficient stands alone, so that NaN or inf elsewhere reaches nothing.
+        """
+        live = self.coefficients != 0
+        score = torch.where(live, logp, 0.0)
+        return -self.coefficients * (1 + score - score.detach())
+
+    def observed_as(self, loss: Tensor) -> VCPOOutput:
+        """What `EssLearningRate.observe` wants: the moments, and the loss whose backward pass it watches."""
+        ess, ratio = ess_from_moments(self.moments)
+        nothing = self.log_weights.new_zeros(0)
+        return VCPOOutput(
+            loss, self.log_weights, ess, ratio, nothing, nothing, self.coefficients, self.metrics, self.moments
+        )
+
+
+def weighted_advantages(
+    where: str,
+    logp: Tensor,
+    behavior_logp: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    max_weight: float | None,
+    extra_log_weights: Tensor | None = None,
+) -> WeightedAdvantages:
+    """w^_i A_t of every token: w^_i = exp(min(L_i, log max_weight)), L_i = sum_t m_t (logp_t - mu_t) + extra_i.
+
+    logp, behavior_logp, advantages: in the segments' shape; masked-out entries may hold anything. extra_log_weights [B]: what
+    of log w_i is not in the difference of the two (a ratio that the trainer computed before). A sequence whose L_i is NaN or
+    +inf, or one of whose advantages is not finite (an error on the CPU), is dropped, counted in metrics["nonfinite_sequences"]
+    and stays in ESS's denominator.
+    """
+    check_segments(where, segments)
+    max_weight = _checks.positive_float(where, "max_weight", max_weight, optional=True)
+    wide = []
+    for name, value in (("logp", logp), ("behavior_logp", behavior_logp), ("advantages", advantages)):
+        _checks.tensor(where, name, value, _checks.FLOAT_DTYPES)
+        segments.flat(where, name, value)
+        wide.append(value.detach().double().reshape(logp.shape))
+    theta, mu, given = wide
+    valid = segments.lengths > 0
+    log_weights = segments.sum(theta - mu)
+    if extra_log_weights is not None:
+        log_weights = log_weights + torch.where(valid, extra_log_weights.detach().double(), 0.0)
+    finite = segments.sum((~given.isfinite()).double()) == 0
+    if _checks.readable(given) and not bool(finite.all()):
+        raise ValueError(
+            f"{where}: advantages must be finite at the tokens that count, got {int((~finite).sum())} sequences with NaN "
+            "or inf. Look for a group without rewards, or for a division by a standard deviation of 0."
+        )
+    ok = valid & (log_weights < usable_below(max_weight)) & finite
+    cap = math.inf if max_weight is None else math.log(max_weight)
+    truncated = torch.where(ok, torch.exp(log_weights.clamp(max=cap)), 0.0)
+    # Masked-out advantages and dropped sequences must not turn into 0 * inf.
+    spread = segments.spread(truncated, like=theta)
+    coefficients = torch.where(spread != 0, given, 0.0) * spread
+    used = torch.where(ok, log_weights, -math.inf)
+    moments = ess_moments(torch.where(finite, log_weights, math.nan), valid)
+    count = ok.double().sum()
+    metrics = {
+        "ess_ratio": ess_from_moments(moments)[1],
+        "num_sequences": valid.double().sum(),
+        "nonfinite_sequences": (valid & ~ok).double().sum(),
+        "truncated_fraction": (ok & (log_weights > cap)).double().sum() / count.clamp(min=1),
+        "log_weight_mean": torch.where(ok, log_weights, 0.0).sum() / count.clamp(min=1),
+        "log_weight_max": torch.where(count > 0, torch.cat([used, used.new_full((1,), -math.inf)]).max(), 0.0),
+    }
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    return WeightedAdvantages(
+        coefficients.to(dtype),
+        log_weights.to(dtype),
+        moments,
+        {name: value.to(dtype) for name, value in metrics.items()},
+    )
