@@ -39,24 +39,17 @@ def vcpo_loss(inputs: Any, max_weight: float | None = 8.0) -> Any:
     Raises:
         TypeError, ValueError: naming what is missing or of the wrong shape.
     """
-    fields = {}
-    for name in ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask"):
-        fields[name] = getattr(inputs, name, None)
-        _checks.tensor(WHERE, f"inputs.{name}", fields[name], fix="Pass prime-rl's LossInputs.")
-        if fields[name].dim() != 1:
-            raise ValueError(
-                f"{WHERE}: inputs.{name} must be [seq], one sequence per call, got {_checks.describe(fields[name])}."
-            )
+    logp, behavior_logp, advantages, loss_mask = (
+        _field(inputs, name) for name in ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")
+    )
     if max_weight is not None and not isinstance(max_weight, torch.Tensor) and max_weight == 0:
         max_weight = None
-    advantages = fields["advantages"]
     loss_weights = getattr(inputs, "loss_weights", None)
     if loss_weights is not None:
         _checks.shape(WHERE, "inputs.loss_weights", loss_weights, advantages.shape, "inputs.advantages.shape")
         advantages = advantages * loss_weights
-    logp = fields["trainer_logprobs"]
-    segments = Segments.padded(fields["loss_mask"][None])
-    result = weighted_advantages(WHERE, logp, fields["inference_logprobs"], advantages, segments, max_weight)
+    segments = Segments.padded(loss_mask[None])
+    result = weighted_advantages(WHERE, logp, behavior_logp, advantages, segments, max_weight)
     loss = result.surrogate(logp).sum()
     how = (
         "Name a module of your own in import_path, with attach_to_next_optimizer() and vcpo_loss from "
@@ -70,6 +63,14 @@ def vcpo_loss(inputs: Any, max_weight: float | None = 8.0) -> Any:
         **{f"vcpo/last_step_{name}": value for name, value in _last_step(loss.device).items()},
     }
     return _loss_outputs(inputs)(loss=loss, metrics=metrics)
+
+
+def _field(inputs: Any, name: str) -> torch.Tensor:
+    value = getattr(inputs, name, None)
+    _checks.tensor(WHERE, f"inputs.{name}", value, fix="Pass prime-rl's LossInputs.")
+    if value.dim() != 1:  # type: ignore[union-attr]
+        raise ValueError(f"{WHERE}: inputs.{name} must be [seq], one sequence per call, got {_checks.describe(value)}.")
+    return value  # type: ignore[return-value]
 
 
 def _last_step(device: torch.device) -> dict[str, torch.Tensor]:

@@ -275,9 +275,11 @@ def _prompt_ids(index: Any, device: torch.device) -> tuple[Tensor, int]:
     return torch.tensor(ids, dtype=torch.int64, device=device), len(numbers)
 
 
-def opob_length(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def opob_length(
+    token_level_rewards: Tensor, response_mask: Tensor, index: Any = None, config: Any = None, **rest: Any
+) -> tuple[Tensor, Tensor]:
     """`opob` with n_i = |T_i|: no sum of squared probabilities needed, at the price of a cruder norm."""
-    return opob(*args, norms="length", **kwargs)
+    return opob(token_level_rewards, response_mask, index, config, **{**rest, "norms": "length"})
 
 
 ESTIMATORS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"opob": opob, "opob_length": opob_length}
