@@ -175,8 +175,9 @@ def length_weighted_advantages(
     """
     where = "length_weighted_advantages"
     _checks.tensor(where, "lengths", lengths)
-    live = lengths > 0
-    batch = _Groups(where, rewards, groups, num_groups, live)
+    if isinstance(rewards, Tensor):
+        _checks.shape(where, "lengths", lengths, rewards.shape, "rewards.shape")
+    batch = _Groups(where, rewards, groups, num_groups, lengths > 0)
     return batch.advantages(lengths.detach().double().log())[0].to(batch.dtype)
 
 

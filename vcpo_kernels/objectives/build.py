@@ -140,7 +140,26 @@ def objective_from_coefficients(
             [-0.1667, -0.1667, -0.1667]])
     >>> out.loss.backward()
     """
-    where = name
+    return build_objective(
+        name, rule, stats, behavior_logp, advantages, segments, common,
+        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
+    )  # fmt: skip
+
+
+def build_objective(
+    where: str,
+    rule: Rule,
+    stats: TokenStats,
+    behavior_logp: Tensor,
+    advantages: Tensor,
+    segments: Segments,
+    common: CommonTerms,
+    *,
+    aggregation: str,
+    proximal_logp: Tensor | None = None,
+    correction: Correction | None = None,
+) -> ObjectiveOutput:
+    """`objective_from_coefficients`, its common terms as a mapping: what a method does not take cannot slip through it."""
     terms = _checked(where, aggregation, common)
     tokens = token_batch(where, stats, behavior_logp, advantages, segments, proximal_logp)
     scale = _scale(where, aggregation, terms, tokens)
@@ -188,7 +207,8 @@ def _output(
     ess, ratio = ess_from_moments(moments)
     coefficients = coefficients.to(logp.dtype)
     metrics = {"ess": ess, "ess_ratio": ratio, **metrics}
-    metrics = {key: value.to(logp.dtype) for key, value in metrics.items()}
+    largest = torch.finfo(logp.dtype).max
+    metrics = {key: value.clamp(-largest, largest).to(logp.dtype) for key, value in metrics.items()}
     shape = stats.logp.shape
     return ObjectiveOutput(
         loss=token_loss(logp, entropy, coefficients, entropy_coefficients, loss),

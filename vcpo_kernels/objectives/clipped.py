@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels import _checks
-from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, finite_float, objective_from_coefficients
+from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, build_objective, finite_float
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
@@ -103,9 +103,9 @@ def ppo_clip(
     def rule(tokens: TokenBatch) -> TokenTerms:
         return clipped_terms(tokens.log_ratio, tokens.advantages, low, high, dual)
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction, **common,
+    return build_objective(
+        where, rule, stats, behavior_logp, advantages, segments, common,
+        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def cispo(
         weights, outside = corrected_weights(tokens, tokens.log_ratio, bounds)
         return TokenTerms(times(weights, tokens.advantages), metrics={"clip_fraction": outside})
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction, **common,
+    return build_objective(
+        where, rule, stats, behavior_logp, advantages, segments, common,
+        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip

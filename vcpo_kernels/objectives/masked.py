@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels import _checks
-from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, finite_float, objective_from_coefficients
+from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, build_objective, finite_float
 from vcpo_kernels.objectives.clipped import clipped_terms, dual_bound, log_clip_bounds
 from vcpo_kernels.objectives.correction import Correction, check_bounds
 from vcpo_kernels.objectives.output import ObjectiveOutput
@@ -72,9 +72,9 @@ def icepop(
     def rule(tokens: TokenBatch) -> TokenTerms:
         return clipped_terms(tokens.log_ratio, tokens.advantages, low, high)
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, proximal_logp=proximal_logp,
-        correction=Correction("mask", "token", min_weight, max_weight), **common,
+    return build_objective(
+        where, rule, stats, behavior_logp, advantages, segments, common, aggregation=aggregation, proximal_logp=proximal_logp,
+        correction=Correction("mask", "token", min_weight, max_weight),
     )  # fmt: skip
 
 
@@ -128,9 +128,9 @@ def opsm(
         masked = (tokens.advantages < 0) & (tokens.sequence_mean(-tokens.log_weight) > delta)
         return _left_out(terms, masked, per_sequence=True)
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction, **common,
+    return build_objective(
+        where, rule, stats, behavior_logp, advantages, segments, common,
+        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
 
@@ -194,8 +194,15 @@ def m2po(
         values = torch.where(masked, 0.0, times(tokens.ratio, a))
         return TokenTerms(values, values, {"masked_fraction": masked, "second_moment": second_moment})
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    return build_objective(
+        where,
+        rule,
+        stats,
+        behavior_logp,
+        advantages,
+        segments,
+        common,
+        aggregation=aggregation,
     )
 
 
@@ -248,6 +255,13 @@ def dppo_tv(
         metrics = {"truncated_fraction": ~masked & (tokens.log_ratio > log_limit)}
         return _left_out(TokenTerms(times(weights, tokens.advantages), metrics=metrics), masked, per_sequence=False)
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    return build_objective(
+        where,
+        rule,
+        stats,
+        behavior_logp,
+        advantages,
+        segments,
+        common,
+        aggregation=aggregation,
     )

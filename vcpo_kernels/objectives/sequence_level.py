@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, finite_float, objective_from_coefficients
+from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, build_objective, finite_float
 from vcpo_kernels.objectives.clipped import clipped_terms, log_clip_bounds
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.output import ObjectiveOutput
@@ -68,9 +68,9 @@ def gspo(
         require_sequence_advantages(where, tokens, "Use gspo_token for advantages by token.")
         return clipped_terms(tokens.sequence_mean(tokens.log_ratio), tokens.advantages, low, high, per_sequence=True)
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction, **common,
+    return build_objective(
+        where, rule, stats, behavior_logp, advantages, segments, common,
+        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
 
@@ -117,9 +117,9 @@ def gspo_token(
     def rule(tokens: TokenBatch) -> TokenTerms:
         return clipped_terms(tokens.sequence_mean(tokens.log_ratio), tokens.advantages, low, high, per_sequence=True)
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction, **common,
+    return build_objective(
+        where, rule, stats, behavior_logp, advantages, segments, common,
+        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def gmpo(
         metrics = {"clip_fraction": flat, "clip_low_fraction": clipped_low, "clip_high_fraction": clipped_high}
         return TokenTerms(torch.where(flat, 0.0, values), values, metrics, per_sequence=True)
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction, **common,
+    return build_objective(
+        where, rule, stats, behavior_logp, advantages, segments, common,
+        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from vcpo_kernels import _checks
-from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, finite_float, objective_from_coefficients
+from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, build_objective, finite_float
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times
@@ -73,9 +73,9 @@ def sapo(
         values = times(4 / tau * z.sigmoid(), tokens.advantages)
         return TokenTerms(times((log_gate + log_r).exp(), tokens.advantages), values, {"gate_mean": log_gate.exp()})
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction, **common,
+    return build_objective(
+        where, rule, stats, behavior_logp, advantages, segments, common,
+        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
 
@@ -136,6 +136,13 @@ def vespo(
         phi = (k * log_w - decay * log_w.expm1()).exp()
         return TokenTerms(times(phi, tokens.advantages), metrics={"phi_mean": phi}, per_sequence=True)
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    return build_objective(
+        where,
+        rule,
+        stats,
+        behavior_logp,
+        advantages,
+        segments,
+        common,
+        aggregation=aggregation,
     )

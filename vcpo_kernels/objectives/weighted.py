@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vcpo_kernels.objectives.build import CommonTerms, Rule, TokenTerms, finite_float, objective_from_coefficients
+from vcpo_kernels.objectives.build import CommonTerms, Rule, TokenTerms, build_objective, finite_float
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times
@@ -51,9 +51,9 @@ def reinforce(
     >>> objectives.reinforce(stats, stats.logp.detach(), torch.tensor([1.0]), seg).coefficients
     tensor([[0.5000, 0.5000]])
     """
-    return objective_from_coefficients(
+    return build_objective(
         "reinforce", lambda tokens: TokenTerms(tokens.advantages, uses_ratio=False),
-        stats, behavior_logp, advantages, segments, aggregation=aggregation, **common,
+        stats, behavior_logp, advantages, segments, common, aggregation=aggregation,
     )  # fmt: skip
 
 
@@ -107,8 +107,15 @@ def token_truncated_is(
     """
     where = "token_truncated_is"
     rule = _weighted(_bounds(where, "truncate", "token", min_weight, max_weight))
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    return build_objective(
+        where,
+        rule,
+        stats,
+        behavior_logp,
+        advantages,
+        segments,
+        common,
+        aggregation=aggregation,
     )
 
 
@@ -147,8 +154,15 @@ def sequence_truncated_is(
     """
     where = "sequence_truncated_is"
     rule = _weighted(_bounds(where, "truncate", "sequence", min_weight, max_weight))
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    return build_objective(
+        where,
+        rule,
+        stats,
+        behavior_logp,
+        advantages,
+        segments,
+        common,
+        aggregation=aggregation,
     )
 
 
@@ -187,8 +201,15 @@ def token_masked_is(
     """
     where = "token_masked_is"
     rule = _weighted(_bounds(where, "mask", "token", min_weight, max_weight))
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    return build_objective(
+        where,
+        rule,
+        stats,
+        behavior_logp,
+        advantages,
+        segments,
+        common,
+        aggregation=aggregation,
     )
 
 
@@ -227,8 +248,15 @@ def sequence_masked_is(
     """
     where = "sequence_masked_is"
     rule = _weighted(_bounds(where, "mask", "sequence", min_weight, max_weight))
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    return build_objective(
+        where,
+        rule,
+        stats,
+        behavior_logp,
+        advantages,
+        segments,
+        common,
+        aggregation=aggregation,
     )
 
 
@@ -286,8 +314,15 @@ def topr(
         metrics = {"truncated_fraction": (log_w < low) | (log_w > high), "weight_mean": weights}
         return TokenTerms(times(weights, tokens.advantages), metrics=metrics, per_sequence=True)
 
-    return objective_from_coefficients(
-        where, rule, stats, behavior_logp, advantages, segments, aggregation=aggregation, **common
+    return build_objective(
+        where,
+        rule,
+        stats,
+        behavior_logp,
+        advantages,
+        segments,
+        common,
+        aggregation=aggregation,
     )
 
 
