@@ -37,12 +37,12 @@ TRAINING: dict[str, Any] = {
 
 
 def test_every_option_of_this_trl_is_in_exactly_one_table() -> None:
-    tables = [options.HONOURED, set(options.REFUSED), set(options.LIMITED)]
+    tables = [options.GRPO.honoured, set(options.GRPO.refused), set(options.GRPO.limited)]
     assert set.union(*map(set, tables)) == OF_GRPO
     assert sum(map(len, tables)) == len(OF_GRPO)
-    assert set(OTHER) == set(options.REFUSED)
-    assert set(LIMITED) == set(options.LIMITED)
-    assert set(options.REFUSED_TRAINING) | {"optim"} == set(TRAINING)
+    assert set(OTHER) == set(options.GRPO.refused)
+    assert set(LIMITED) == set(options.GRPO.limited)
+    assert set(options.GRPO.unset) | {"optim"} == set(TRAINING)
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ def test_an_option_of_a_newer_trl_is_refused_until_it_is_known(tmp_path: Path) -
 
     args = setup.arguments(tmp_path, GRPOConfig)
     args.new_trick = 0.0
-    options.refuse_options("here", args, Newer, _BaseConfig, frozenset())
+    options.refuse_options("here", args, Newer, _BaseConfig, options.GRPO)
     args.new_trick = 1.0
     with pytest.raises(
         ValueError, match=r"new_trick=1.0: not known to this version, which knows TRL 1\.16 to below 1\.17"
     ):
-        options.refuse_options("here", args, Newer, _BaseConfig, frozenset())
+        options.refuse_options("here", args, Newer, _BaseConfig, options.GRPO)
 
 
 @pytest.mark.parametrize(

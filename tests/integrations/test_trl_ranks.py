@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.integrations import trl_async_setup
 from tests.integrations import trl_setup as setup
 
 # Of two processes; one process takes twice the sequences at a time.
@@ -53,12 +54,20 @@ def train(folder: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
         processing_class=setup.tokenizer(), rollout_func=rollouts,
     )  # fmt: skip
     trainer.train()
+    return results(trainer)
+
+
+def train_async(folder: Path, processes: int) -> Any:
+    return trl_async_setup.train(folder, trl_async_setup.sequences(), processes)
+
+
+def results(trainer: Any) -> dict[str, Any]:
     entries = [e for e in trainer.state.log_history if "loss" in e]
     return {
         "parameters": {
             n: p.detach().clone() for n, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
         },
-        "logged": [{k: e[k] for k in LOGGED} for e in entries],
+        "logged": [{k: e[k] for k in LOGGED if k in e} for e in entries],
     }
 
 
@@ -69,6 +78,7 @@ def on_rank(rank: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     for name, changes in CASES.items():
         torch.save(train(folder, name, changes), folder / f"{name}.{rank}.pt")
+    torch.save(results(train_async(folder, processes=2)), folder / f"async.{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +93,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, "async"])
 def test_both_ranks_end_with_the_same_parameters(folder: Path, name: str) -> None:
     first, second = (torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1))
     for parameter, want in first["parameters"].items():
@@ -93,13 +103,15 @@ def test_both_ranks_end_with_the_same_parameters(folder: Path, name: str) -> Non
 
 
 # Not where ranks draw from seeds of their own, nor where a window holds other groups on two ranks than on one.
-@pytest.mark.parametrize("name", ["logit", "exact, KL, entropy", "a group over two ranks"])
+@pytest.mark.parametrize("name", ["logit", "exact, KL, entropy", "a group over two ranks", "async"])
 def test_one_process_does_the_same_as_two(folder: Path, tmp_path: Path, name: str) -> None:
     together = torch.load(folder / f"{name}.0.pt")
-    changes = dict(CASES[name])
-    changes["per_device_train_batch_size"] *= 2
     (tmp_path / "model").symlink_to(folder / "model")
-    alone = train(tmp_path, name, changes)
+    if name == "async":
+        alone = results(train_async(tmp_path, processes=1))
+    else:
+        twice = 2 * CASES[name]["per_device_train_batch_size"]
+        alone = train(tmp_path, name, {**CASES[name], "per_device_train_batch_size": twice})
     for want, got in zip(alone["logged"], together["logged"], strict=True):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-6)
     assert alone["logged"][-1]["vcpo/ess_ratio"] < 0.99

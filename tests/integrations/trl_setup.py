@@ -154,7 +154,9 @@ def trainer(
 
 
 def float64_copy(of: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
-    fresh = type(of)(of.config).double()
+    config = copy.deepcopy(of.config)
+    config._attn_implementation = "eager"
+    fresh = type(of)(config).double()
     fresh.load_state_dict({n: p.double() for n, p in parameters.items()}, strict=False)
     return fresh.train()
 
@@ -216,7 +218,3 @@ def cosine(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def recorded_mu(sequences: list[Sequence]) -> list[Tensor]:
     return [torch.tensor(s.behavior_logp, dtype=torch.float64) for s in sequences]
-
-
-def deep(of: nn.Module) -> nn.Module:
-    return copy.deepcopy(of)

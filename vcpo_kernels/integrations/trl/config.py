@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
@@ -11,7 +11,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from vcpo_kernels import _checks
 from vcpo_kernels.baselines import WEIGHTINGS
-from vcpo_kernels.integrations.trl.options import AGGREGATION_OF, refuse_options
+from vcpo_kernels.integrations.trl.options import AGGREGATION_OF, GRPO, refuse_options
 from vcpo_kernels.step_size import RULES
 from vcpo_kernels.vcpo_coefficients import AGGREGATIONS
 
@@ -62,7 +62,7 @@ class VCPOTrainingConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         where = "VCPOTrainingConfig"
-        refuse_options(where, self, GRPOConfig, _BaseConfig, OWN)  # before others complain of the same option
+        refuse_options(where, self, GRPOConfig, _BaseConfig, GRPO)  # before others complain of the same option
         super().__post_init__()
         check_ess(where, self)
         self.ess_max_weight = _checks.positive_float(where, "ess_max_weight", self.ess_max_weight, optional=True)
@@ -112,6 +112,3 @@ def check_ess(where: str, args: Any) -> None:
     args.max_weight = _checks.positive_float(where, "max_weight", args.max_weight, optional=True)
     args.ess_reference = _checks.positive_float(where, "ess_reference", args.ess_reference)
     _checks.choice(where, "ess_rule", args.ess_rule, (*RULES, NO_RULE))
-
-
-OWN = frozenset(f.name for f in fields(VCPOTrainingConfig)) - frozenset(f.name for f in fields(GRPOConfig))

@@ -18,7 +18,7 @@ class EssStep(TrainerCallback):
     It has no state between steps, so that a resumed run continues as if it had not stopped: a checkpoint holds the
     optimizer's and the scheduler's unscaled rates.
 
-    process_group: over whose ranks ESS is taken; None where what is observed is of all ranks already.
+    across_ranks: what is observed is of this rank alone, and is merged with the others' before the step.
 
     Attributes: scale, the factor of the last step, 1.0 before the first.
     """
