@@ -59,6 +59,7 @@ PACKED = ragged.make("packed")
             r"ppo_clip: aggregation must be one of 'seq-mean-token-mean', .*got 'mean'",
         ),
         ({"kl_estimator": "k4"}, ValueError, r"ppo_clip: kl_estimator must be one of 'k1', 'k2', 'k3', got 'k4'"),
+        ({"kl_importance_weighted": 1}, TypeError, r"kl_importance_weighted must be a bool, got 1"),
         ({"kl_coefficient": 0.1}, ValueError, r"kl_coefficient=0.1 needs reference_logp"),
         ({"kl_coefficient": -0.1}, ValueError, r"kl_coefficient must be finite and >= 0, got -0.1"),
         ({"entropy_coefficient": math.nan}, ValueError, r"entropy_coefficient must be finite, got nan"),

@@ -118,12 +118,14 @@ def test_padded_batches_know_their_longest_sequence() -> None:
     assert given == default
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("name", ["grpo", "reinforce", "gspo"])
-def test_kl_penalty(estimator: str, name: str) -> None:
+def test_kl_penalty(estimator: str, name: str, weighted: bool) -> None:
     batch = ragged.make("packed_masked")
     case = next(c for c in CASES if c.name == name)
-    out = run(case, batch, reference_logp=batch.reference, kl_coefficient=0.3, kl_estimator=estimator)
+    knobs = {"kl_coefficient": 0.3, "kl_estimator": estimator, "kl_importance_weighted": weighted}
+    out = run(case, batch, reference_logp=batch.reference, **knobs)
     formula = {
         "k1": lambda p, q: p - q,
         "k2": lambda p, q: (p - q) ** 2 / 2,
@@ -131,6 +133,9 @@ def test_kl_penalty(estimator: str, name: str) -> None:
     }[estimator]
     reference = batch.layout.pick(batch.reference)
     kl = [formula(p, q) for p, q in zip(batch.logp(), reference, strict=True)]
+    if weighted:
+        against = batch.layout.pick(batch.proximal if case.proximal else batch.mu)
+        kl = [(p - m).exp() * k for p, m, k in zip(batch.logp(), against, kl, strict=True)]
     losses = [a + 0.3 * b for a, b in zip(token_losses(case, batch), kl, strict=True)]
     want = aggregate(losses, aggregation_of(case), MAX_TOKENS)
     torch.testing.assert_close(out.loss, want)

@@ -51,6 +51,8 @@ class CommonTerms(TypedDict, total=False):
         trainer's own importance weights, a mask of the tokens to train on.
     reference_logp: log pi_ref of each token, for the KL penalty. kl_coefficient: its factor, >= 0.
     kl_estimator: "k1" | "k2" | "k3" (`kl.ESTIMATORS` says which gradient each gives).
+    kl_importance_weighted: take r KL_t instead, r = exp(log_ratio) of the token and differentiated through (DeepSeek-V3.2,
+        arXiv 2512.02556; TRL's use_bias_correction_kl): unbiased on samples of mu, and k3's gradient becomes r d grad logp.
     entropy_coefficient: factor of the entropy bonus, aggregated like the loss; of either sign.
     ess_max_weight: truncation of the weights that ESS is taken of. None: unclipped.
     """
@@ -62,8 +64,17 @@ class CommonTerms(TypedDict, total=False):
     reference_logp: Tensor | None
     kl_coefficient: float
     kl_estimator: str
+    kl_importance_weighted: bool
     entropy_coefficient: float
     ess_max_weight: float | None
+
+
+DEFAULTS: CommonTerms = {
+    "kl_coefficient": 0.0,
+    "kl_estimator": "k3",
+    "kl_importance_weighted": False,
+    "entropy_coefficient": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -169,7 +180,7 @@ def build_objective(
     metrics["policy_loss"] = -value
     loss = -value
     if terms["kl_coefficient"] and (reference := terms.get("reference_logp")) is not None:
-        kl, slope, finite = _kl(where, reference, terms["kl_estimator"], tokens, segments)
+        kl, slope, finite = _kl(where, reference, terms["kl_estimator"], terms["kl_importance_weighted"], tokens)
         coefficients = coefficients - terms["kl_coefficient"] * scale * slope
         loss = loss + terms["kl_coefficient"] * (scale * kl).sum()
         metrics["kl_mean"] = kl.sum() / finite.sum().clamp(min=1)
@@ -274,11 +285,14 @@ def _token_weights(where: str, weights: Tensor, tokens: TokenBatch) -> Tensor:
 
 
 def _kl(
-    where: str, reference: Tensor, estimator: str, tokens: TokenBatch, segments: Segments
+    where: str, reference: Tensor, estimator: str, weighted: bool, tokens: TokenBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """KL_t and its derivative, 0 where either is not finite, and where both are (live tokens alone)."""
-    d = (tokens.logp - like_logp(where, "reference_logp", reference, segments, tokens.logp)).double()
+    d = (tokens.logp - like_logp(where, "reference_logp", reference, tokens.segments, tokens.logp)).double()
     kl, slope = ESTIMATORS[estimator](d)
+    if weighted:
+        ratio = tokens.ratio.double()
+        kl, slope = ratio * kl, ratio * (kl + slope)
     finite = tokens.live & kl.isfinite() & slope.isfinite()
     return torch.where(finite, kl, 0.0), torch.where(finite, slope, 0.0), finite
 
@@ -305,11 +319,12 @@ def _checked(where: str, aggregation: str, common: Any) -> dict[str, Any]:
         raise TypeError(
             f"{where}: unknown argument {unknown[0]!r}. Beside the method's own it takes {', '.join(known)}."
         )
-    terms: dict[str, Any] = {"kl_coefficient": 0.0, "kl_estimator": "k3", "entropy_coefficient": 0.0, **common}
+    terms: dict[str, Any] = {**DEFAULTS, **common}
     _checks.choice(where, "aggregation", aggregation, AGGREGATIONS)
     _checks.choice(where, "kl_estimator", terms["kl_estimator"], tuple(ESTIMATORS))
     for key in ("num_sequences", "num_tokens", "max_tokens", "ess_max_weight"):
         terms[key] = _checks.positive_float(where, key, terms.get(key), optional=True)
+    _checks.boolean(where, "kl_importance_weighted", terms["kl_importance_weighted"])
     terms["kl_coefficient"] = finite_float(where, "kl_coefficient", terms["kl_coefficient"], minimum=0.0)
     terms["entropy_coefficient"] = finite_float(where, "entropy_coefficient", terms["entropy_coefficient"])
     if terms["kl_coefficient"] and terms.get("reference_logp") is None:
