@@ -1,4 +1,4 @@
-"""The commands: demo, run, grid, report."""
+"""The commands: demo, run, grid, paper, report."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from .config import RunConfig, RunResult, WarmStartConfig, all_results
+from .config import RunConfig, RunResult, all_results, warm_start_of
 from .display import LiveRuns, grid_tables, label, runs_table
-from .export import export
+from .export import export, restore
 from .figures import curves_figure, rates_figure
+from .methods import METHODS
 from .workers import Outcome, finished_before, prepare_warm_starts, run_all
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Asynchronous RL on a small sorting task: stale rollouts against the learning rate.",
+    help="Asynchronous RL on small tasks: stale rollouts against the learning rate.",
     pretty_exceptions_enable=False,
 )
 console = Console()
@@ -33,6 +34,10 @@ WorkersOption = Annotated[int, typer.Option(min=1, help="Processes, one thread e
 ForceOption = Annotated[bool, typer.Option("--force", help="Run finished runs again.")]
 CsvOption = Annotated[Path | None, typer.Option("--csv", help="Also write all runs to this file.")]
 DEFAULT_OUT = Path("runs/async_lab")
+COMMITTED = Path("benchmarks/results/async_lab.csv")
+# The paper's comparison: task, lags and number of seeds; every method at every rate.
+PAPER_RATES = (1e-4, 3e-4, 1e-3)
+PAPER = (("sort", (32, 8, 128, 0), 3), ("add", (32, 0), 2))
 
 
 def _list(name: str, text: str, convert: Callable[[str], T], wanted: str) -> list[T]:
@@ -57,7 +62,7 @@ def _configs(
                 seed=seed,
                 steps=steps,
                 task=task,
-                warm_start=WarmStartConfig(task),
+                warm_start=warm_start_of(task),
             )
             for seed, lag, rate, method in itertools.product(seeds, lags, rates, methods)
         ]
@@ -135,7 +140,7 @@ def run(
 def grid(
     methods: Annotated[
         str, typer.Option(help="Methods, separated by commas.")
-    ] = "seq-tis,vcpo,none,ess,opob,token-tis,seq-mask",
+    ] = "seq-tis,vcpo,none,ess,opob,token-tis,seq-mis",
     lags: Annotated[str, typer.Option(help="Lags, separated by commas.")] = "8,32,128",
     rates: Annotated[str, typer.Option(help="Learning rates, separated by commas.")] = "1e-4,3e-4,1e-3",
     seeds: SeedsOption = "0,1,2",
@@ -156,6 +161,43 @@ def grid(
         task,
     )
     _report(_execute(configs, out, workers, force), out, csv)
+
+
+def paper_configs() -> list[RunConfig]:
+    """Every run of the comparison. Seeds vary slowest: an interrupted one has the first seeds whole."""
+    methods = list(METHODS)
+    return [
+        config
+        for seed in range(max(seeds for _, _, seeds in PAPER))
+        for task, lags, seeds in PAPER
+        if seed < seeds
+        for lag in lags
+        for config in _configs(methods, [lag], list(PAPER_RATES), [seed], 400, task)
+    ]
+
+
+@app.command()
+def paper(
+    workers: WorkersOption = 2,
+    out: OutOption = DEFAULT_OUT,
+    csv: Annotated[Path, typer.Option("--csv", help="Runs in this file are not run again; all are written to it.")] = (
+        COMMITTED
+    ),
+) -> None:
+    """Every method of the comparison, both tasks: goes on from the committed results."""
+    restored = restore(csv, out)
+    if restored:
+        console.print(f"{restored} runs taken from {csv}.")
+    configs = paper_configs()
+    try:
+        results = _execute(configs, out, workers, force=False)
+    finally:
+        finished = list(finished_before(configs, out).values())
+        export(finished, csv)
+        console.print(f"{len(finished)} of {len(configs)} runs: {csv}")
+    for task in dict.fromkeys(r.config.task for r in results):
+        for table in grid_tables(r for r in results if r.config.task == task):
+            console.print(table)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +106,32 @@ class RunConfig:
             raise ValueError(f"warm_start.task must be the run's task {self.task!r}; got {self.warm_start.task!r}.")
 
     @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits, different for every configuration."""
+        return _digest(asdict(self))
+
+    @property
     def filename(self) -> str:
         """Readable, and different for every configuration: what is not in the name is in its digest."""
-        readable = f"{self.task}-{self.method}-lag{self.lag}-rate{self.rate:g}-seed{self.seed}"
-        return f"{readable}-{_digest(asdict(self))}.json"
+        return f"{self.task}-{self.method}-lag{self.lag}-rate{self.rate:g}-seed{self.seed}-{self.digest}.json"
+
+    @property
+    def shape(self) -> RunConfig:
+        """What runs that one trainer takes together have in common."""
+        return replace(self, method="none", rate=1.0, seed=0, clip=1.0)
+
+
+# A task's warm start, where it is not the default one. Of sums, 30% right leave RL something to do.
+WARM_STARTS: dict[str, WarmStartConfig] = {"add": WarmStartConfig("add", target=0.3)}
+
+
+def warm_start_of(task: str) -> WarmStartConfig:
+    """The warm start that the commands use for a task."""
+    return WARM_STARTS.get(task, WarmStartConfig(task))
+
+
+FINAL_EVALS = 5
+SERIES = ("reward", "ess_ratio", "grad_norm", "rate_scale")  # of a step, in the order of `RunResult`
 
 
 @dataclass
@@ -117,12 +139,12 @@ class RunResult:
     """Curves and figures of a finished run.
 
     eval_steps, accuracy: held-out accuracy of sampled responses (not greedy) after so many learner steps, 0
-    included. reward, ess_ratio, grad_norm, rate_scale: one value a learner step: mean reward of the rollouts
-    trained on, ESS / B of their untruncated sequence weights, gradient norm before clipping, and the factor
-    on the learning rate. final_accuracy: mean of the last five evaluations. best_accuracy: the highest one.
-    seconds: wall-clock time.
-    backend: which backend of vcpo_kernels served the rows; curves of different ones drift apart in the last
-    digits.
+    included. reward, ess_ratio, grad_norm, rate_scale: one value an evaluation but the first, the mean over the
+    learner steps since the one before: reward of the rollouts trained on, ESS / B of their untruncated sequence
+    weights, gradient norm before clipping, and the factor on the learning rate. final_accuracy: mean of the last
+    five evaluations. best_accuracy: the highest one. seconds: wall-clock time; of runs that were trained together,
+    each one's share. backend: which backend of vcpo_kernels served the rows; curves of different ones drift apart
+    in the last digits. Figures are rounded as they come, to what the JSON and CSV files hold.
     """
 
     config: RunConfig
@@ -137,15 +159,24 @@ class RunResult:
     seconds: float = math.nan
     backend: str = ""
 
+    def add(self, step: int, accuracy: float, figures: Sequence[dict[str, float]] = ()) -> None:
+        """An evaluation after `step` steps, and the figures of each step since the last one (none at step 0)."""
+        self.eval_steps.append(step)
+        self.accuracy.append(round(accuracy, 4))
+        for name in SERIES if figures else ():
+            getattr(self, name).append(float(f"{sum(f[name] for f in figures) / len(figures):.3g}"))
+
+    def finish(self, backend: str, seconds: float) -> RunResult:
+        """Fill in what follows from the curves; self."""
+        last = self.accuracy[-FINAL_EVALS:]
+        self.final_accuracy = round(sum(last) / len(last), 4)
+        self.best_accuracy = max(self.accuracy)
+        self.backend, self.seconds = backend, round(seconds, 1)
+        return self
+
     def to_json(self) -> str:
-        """The file's text, with figures to six significant digits."""
-        record = asdict(self)
-        for name, value in record.items():
-            if isinstance(value, list):
-                record[name] = [float(f"{v:.6g}") if isinstance(v, float) else v for v in value]
-            elif isinstance(value, float):
-                record[name] = float(f"{value:.6g}")
-        return json.dumps(record)
+        """The file's text."""
+        return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: str) -> RunResult:

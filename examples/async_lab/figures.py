@@ -26,7 +26,7 @@ COLOURS = {
     "ess": "#2a9d8f",
     "opob": "#8e6bbf",
     "token-tis": "#e09f3e",
-    "seq-mask": "#a05a2c",
+    "seq-mis": "#a05a2c",
     "none": "#98a2b3",
 }
 STYLE: dict[Any, Any] = {
@@ -110,8 +110,8 @@ def curves_figure(results: Iterable[RunResult], path: Path) -> None:
                     continue
                 colour, name = COLOURS.get(method, INK), METHODS[method].title
                 _band(top, np.array(here[0].eval_steps), np.array([r.accuracy for r in here]), colour, name)
-                steps = np.arange(1, len(here[0].ess_ratio) + 1)
-                _band(bottom, steps, _smooth(np.array([r.ess_ratio for r in here])), colour, name)
+                steps = np.array(here[0].eval_steps[1:])
+                _band(bottom, steps, np.array([r.ess_ratio for r in here]), colour, name)
             top.axhline(runs[0].accuracy[0], color=QUIET, linewidth=0.8, linestyle=(0, (4, 3)))
             top.set_title(f"learning rate {rate:g}", loc="left", fontsize=10.5, fontweight="bold")
             top.set_ylim(0, 1)

@@ -1,86 +1,85 @@
-"""The methods under comparison, in a table: the loss, and whether the effective sample size scales the step.
+"""The methods under comparison, in a table: objective, baseline, norms, and whether ESS scales the step.
 
-Every loss is a function of the token statistics, the behaviour policy's logp, the rewards, the sequences per
-prompt and the segments. All of them start from `vk.vcpo_loss`, whose output carries the batch's ESS,
-advantages and log-weights whatever the method; a method that the package's switches do not reach replaces its
-loss. Adding one is a function and a line in `METHODS`.
+All share the learner, the rollouts of a seed, the normalisation of rewards (by the group's standard deviation) and the
+aggregation (mean over tokens, then over sequences), so that what differs is the method alone. Knobs are those of the
+papers or of the trainers' defaults (`vcpo_kernels.objectives` has the sources). Adding a method is a line in `METHODS`,
+with a function of `vcpo_kernels.objectives` or one of your own of the same form.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
+from vcpo_kernels import objectives
+from vcpo_kernels.objectives import ObjectiveOutput
 
-Loss = Callable[[vk.TokenStats, Tensor, Tensor, int, vk.Segments], vk.VCPOOutput]
-
+Output = ObjectiveOutput | vk.VCPOOutput
 MAX_SEQUENCE_WEIGHT = 8.0
-MAX_TOKEN_WEIGHT = 2.0
-
-
-def vcpo(
-    stats: vk.TokenStats, behavior_logp: Tensor, rewards: Tensor, groups: int, segments: vk.Segments
-) -> vk.VCPOOutput:
-    """Truncated sequence weights and the off-policy optimal baseline, its norms taken from the logits."""
-    config = vk.VCPOConfig(max_weight=MAX_SEQUENCE_WEIGHT)
-    return vk.vcpo_loss(stats, behavior_logp, rewards, groups, segments, config)
-
-
-def sequence_truncated(
-    stats: vk.TokenStats, behavior_logp: Tensor, rewards: Tensor, groups: int, segments: vk.Segments
-) -> vk.VCPOOutput:
-    """Truncated sequence weights and the group's mean reward as baseline."""
-    config = vk.VCPOConfig(max_weight=MAX_SEQUENCE_WEIGHT, baseline_weighting="mean")
-    return vk.vcpo_loss(stats, behavior_logp, rewards, groups, segments, config)
-
-
-def sequence_masked(
-    stats: vk.TokenStats, behavior_logp: Tensor, rewards: Tensor, groups: int, segments: vk.Segments
-) -> vk.VCPOOutput:
-    """Sequence weights, with sequences above the limit dropped instead of truncated."""
-    out = sequence_truncated(stats, behavior_logp, rewards, groups, segments)
-    kept = out.log_weights <= math.log(MAX_SEQUENCE_WEIGHT)
-    coefficients = torch.where(kept, out.coefficients, 0.0)
-    return replace(out, loss=-(coefficients * segments.sum(stats.logp)).sum())
-
-
-def token_truncated(
-    stats: vk.TokenStats, behavior_logp: Tensor, rewards: Tensor, groups: int, segments: vk.Segments
-) -> vk.VCPOOutput:
-    """Each token weighted by its own truncated ratio."""
-    out = sequence_truncated(stats, behavior_logp, rewards, groups, segments)
-    weights = (stats.logp.detach() - behavior_logp).exp().clamp(max=MAX_TOKEN_WEIGHT)
-    return replace(out, loss=-(out.advantages * segments.mean(weights * stats.logp)).mean())
-
-
-def uncorrected(
-    stats: vk.TokenStats, behavior_logp: Tensor, rewards: Tensor, groups: int, segments: vk.Segments
-) -> vk.VCPOOutput:
-    """Every weight 1: the policy gradient as if the rollouts were fresh."""
-    out = sequence_truncated(stats, behavior_logp, rewards, groups, segments)
-    return replace(out, loss=-(out.advantages * segments.mean(stats.logp)).mean())
 
 
 @dataclass(frozen=True)
 class Method:
-    """title: for figures. loss: see the module. step_rule: of `vk.EssLearningRate`; None: full steps."""
+    """title: for figures. objective, knobs: of `vcpo_kernels.objectives`, with the group's mean as baseline; objective
+    None: `vk.vcpo_loss`, the off-policy optimal baseline. exact_norms: its gradient norms from `vk.SequenceGradients`,
+    else from the logits. step_rule: of `vk.EssLearningRate`; None: full steps.
+    """
 
     title: str
-    loss: Loss
+    objective: Callable[..., ObjectiveOutput] | None = None
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    exact_norms: bool = False
     step_rule: str | None = None
 
+    def loss(
+        self,
+        stats: vk.TokenStats,
+        behavior_logp: Tensor,
+        rewards: Tensor,
+        groups: int,
+        segments: vk.Segments,
+        norms: Tensor | None = None,
+    ) -> Output:
+        """The loss of a batch. groups: sequences per prompt. norms: [B], squared, where they are exact."""
+        if self.objective is None:
+            config = vk.VCPOConfig(max_weight=MAX_SEQUENCE_WEIGHT, score_norm="logit" if norms is None else norms)
+            return vk.vcpo_loss(stats, behavior_logp, rewards, groups, segments, config)
+        advantages = group_advantages(rewards, groups)
+        knobs = {"aggregation": "seq-mean-token-mean", **self.knobs}
+        return self.objective(stats, behavior_logp, advantages, segments, **knobs)
 
+
+def group_advantages(rewards: Tensor, groups: int) -> Tensor:
+    """(R_i - mean) / population standard deviation of the prompt's group; 0 where all its rewards are equal."""
+    grouped = rewards.view(-1, groups)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    spread = grouped.std(1, correction=0, keepdim=True)
+    return (centred / spread.clamp(min=1e-8)).where(spread > 1e-8, 0.0).view(-1)
+
+
+_TRUNCATED: dict[str, Any] = {
+    "objective": objectives.sequence_truncated_is,
+    "knobs": {"max_weight": MAX_SEQUENCE_WEIGHT},
+}
 METHODS: dict[str, Method] = {
-    "none": Method("no correction", uncorrected),
-    "token-tis": Method("token truncated IS (2.0)", token_truncated),
-    "seq-tis": Method("sequence truncated IS (8.0)", sequence_truncated),
-    "seq-mask": Method("sequence mask (8.0)", sequence_masked),
-    "ess": Method("ESS step alone", sequence_truncated, "sqrt"),
-    "opob": Method("OPOB alone", vcpo),
-    "vcpo": Method("VCPO (ESS step and OPOB)", vcpo, "sqrt"),
+    "none": Method("no correction", objectives.reinforce),
+    "token-tis": Method("token truncated IS (2)", objectives.token_truncated_is, {"max_weight": 2.0}),
+    "seq-tis": Method("sequence truncated IS (8)", **_TRUNCATED),
+    "seq-mis": Method("sequence masked IS (8)", objectives.sequence_masked_is, {"max_weight": MAX_SEQUENCE_WEIGHT}),
+    "icepop": Method("IcePop (0.5 to 5)", objectives.icepop, {"min_weight": 0.5, "max_weight": 5.0}),
+    "ppo-clip": Method("PPO clip (0.2)", objectives.ppo_clip, {"clip_low": 0.2, "clip_high": 0.2}),
+    "gspo": Method("GSPO (3e-4, 4e-4)", objectives.gspo, {"clip_low": 3e-4, "clip_high": 4e-4}),
+    "cispo": Method("CISPO (5)", objectives.cispo, {"max_ratio": 5.0}),
+    "opsm": Method("OPSM (0.5)", objectives.opsm, {"threshold": 0.5}),
+    "m2po": Method("M2PO (0.04)", objectives.m2po, {"threshold": 0.04}),
+    "topr": Method("TOPR", objectives.topr),
+    "ess": Method("ESS step alone", **_TRUNCATED, step_rule="sqrt"),
+    "opob": Method("OPOB alone, logit norms"),
+    "opob-exact": Method("OPOB alone, exact norms", exact_norms=True),
+    "vcpo": Method("VCPO, logit norms", step_rule="sqrt"),
+    "vcpo-exact": Method("VCPO, exact norms", exact_norms=True, step_rule="sqrt"),
 }

@@ -85,7 +85,7 @@ class Transformer(nn.Module):
     def forward(self, ids: Tensor, cache: Cache | None = None, keep: int | None = None) -> Tensor:
         """keep: only the last so many positions' logits, as nothing else is read; None: all."""
         start = 0 if cache is None else cache.length
-        x = self.tokens(ids) + self.positions.weight[start : start + ids.shape[1]]
+        x = self.tokens(ids) + self.positions(torch.arange(start, start + ids.shape[1]))
         for block in self.blocks:
             x = block(x, cache)
         if cache is not None:

@@ -6,18 +6,21 @@ batches from the initial policy, and from then on each learner step takes the ol
 sampler, which has the current parameters, puts a new one in. k = 0 is on-policy training.
 
     stats = vk.token_stats(logits, responses)
-    out = vk.vcpo_loss(stats, rollouts.logp, rewards, samples_per_prompt, segments)
+    out = objectives.sequence_truncated_is(stats, rollouts.logp, advantages, segments)
     out.loss.backward()
     ess_rate.observe(out)        # vk.EssLearningRate(optimizer) scales the next step and restores the rate
-    after it optimizer.step()
+    optimizer.step()
+
+A `Trainer` takes several runs at once, of one shape and lag, that differ in method, rate or seed. They share nothing but
+the calls: sampling is one batched pass over all models (`stack.py`), learning goes run by run (`passes.py`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,12 +30,14 @@ import vcpo_kernels as vk
 from vcpo_kernels.backends import registry
 
 from .config import RunConfig, RunResult
-from .methods import METHODS
-from .model import Transformer, sample
-from .tasks import TASKS
-from .warm_start import generator, sampled_accuracy, warm_model
+from .methods import METHODS, Method, Output
+from .model import Transformer
+from .passes import TrainingPass
+from .stack import ParameterStack, sample_stack
+from .tasks import TASKS, Task
+from .warm_start import generator, warm_model
 
-FINAL_EVALS = 5
+FILL = 16  # batches of the initial policy that are sampled in one call
 ROLLOUTS, EVALUATION, HELD_OUT = 11, 12, 13  # random streams of a run
 
 
@@ -42,10 +47,10 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Rollouts:
-    """A batch of samples as the sampler hands them over.
+    """A batch of samples of R runs as the sampler hands them over: G prompts, S samples of each, T tokens.
 
-    prompts [B, P], responses [B, T]; logp [B, T] as recorded while sampling; rewards [B]; version: how many
-    steps the sampling policy had been trained for.
+    prompts [R, G, P], responses [R, G, S, T]; logp [R, G, S, T] as recorded while sampling; rewards [R, G, S];
+    version: how many steps the sampling policy had been trained for.
     """
 
     prompts: Tensor
@@ -55,68 +60,164 @@ class Rollouts:
     version: int
 
 
-class Trainer:
-    """One run, a step at a time."""
+@dataclass(frozen=True)
+class Batch:
+    """One run's part of the rollouts, as a loss wants it: prompts [G, P]; the rest by sequence, B = G * S."""
 
-    def __init__(self, config: RunConfig, model: Transformer) -> None:
-        self.config, self.model = config, model
-        self.task, self.method = TASKS[config.task], METHODS[config.method]
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.rate, weight_decay=0.0, fused=True)
+    prompts: Tensor
+    responses: Tensor
+    logp: Tensor
+    rewards: Tensor
+
+
+class Learner:
+    """One run's optimizer and method, on its row of the parameter stack."""
+
+    def __init__(self, config: RunConfig, stack: ParameterStack, run: int, training: TrainingPass) -> None:
+        self.config, self.method, self.training = config, METHODS[config.method], training
+        self.values, self.gradients = stack.by_run[run], stack.gradients_by_run[run]
+        self.flat = stack.optimizer_parameters[run]
+        self.optimizer = torch.optim.AdamW([self.flat], lr=config.rate, weight_decay=0.0, fused=True)
         rule = self.method.step_rule
         self.ess_rate = None if rule is None else vk.EssLearningRate(self.optimizer, rule=rule)
-        # The same held-out prompts for every seed, so that seeds differ in training alone.
-        self.held_out = self.task.prompts(config.eval_prompts, generator(HELD_OUT))
-        self.step = 0
-        self.sampled = 0
-        self.queue: deque[Rollouts] = deque()
-        for _ in range(min(config.lag, config.steps)):
-            self._sample()
+        self.module = stack.module(run) if self.method.exact_norms else None
 
-    def _sample(self) -> None:
-        config, task = self.config, self.task
-        stream = generator(config.seed, ROLLOUTS, self.sampled)
-        prompts = task.prompts(config.prompts, stream).repeat_interleave(config.samples, 0)
-        responses, logp = sample(self.model, prompts, task.answer_length, stream, config.temperature)
-        rewards = task.rewards(prompts, responses)
-        self.queue.append(Rollouts(prompts, responses, logp, rewards, self.step))
-        self.sampled += 1
-
-    def train_step(self) -> dict[str, float]:
-        """Sample with the current parameters, then learn from the oldest rollouts of the queue."""
-        if self.sampled < self.config.steps:
-            self._sample()
-        return self.learn(self.queue.popleft())
-
-    def learn(self, rollouts: Rollouts) -> dict[str, float]:
+    def learn(self, batch: Batch) -> dict[str, float]:
         """One optimizer step; its figures, by the names of `RunResult`'s curves."""
-        out = self.loss(rollouts)
-        self.optimizer.zero_grad()
-        out.loss.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        out = self.gradient(batch)
+        grad_norm = torch.nn.utils.clip_grad_norm_([self.flat], self.config.clip)
         if self.ess_rate is not None:
             self.ess_rate.observe(out)
         self.optimizer.step()
-        self.step += 1
         scale = None if self.ess_rate is None else self.ess_rate.scale
         return {
-            "reward": float(rollouts.rewards.mean()),
+            "reward": float(batch.rewards.mean()),
             "ess_ratio": float(out.ess_ratio),
             "grad_norm": float(grad_norm),
             "rate_scale": 1.0 if scale is None else float(scale),
         }
 
-    def loss(self, rollouts: Rollouts) -> vk.VCPOOutput:
-        """The method's loss on a batch, under the current parameters."""
-        ids = torch.cat([rollouts.prompts, rollouts.responses[:, :-1]], 1)
-        logits = self.model(ids, keep=self.task.answer_length)
-        stats = vk.token_stats(logits, rollouts.responses, temperature=self.config.temperature)
-        segments = vk.Segments.padded(torch.ones_like(rollouts.responses))
-        return self.method.loss(stats, rollouts.logp, rollouts.rewards, self.config.samples, segments)
+    def gradient(self, batch: Batch) -> Output:
+        """Leave the gradient of the method's loss in the stack."""
+        if self.module is not None:
+            return exact_norm_gradient(self.module, self.method, self.config, batch)
+        samples = batch.responses.view(len(batch.prompts), -1, batch.responses.shape[-1])
+        logits = self.training.forward(self.values, batch.prompts, samples)
+        out = loss_of(logits, batch, self.method, self.config)
+        out.loss.backward()
+        assert logits.grad is not None
+        self.training.backward(logits.grad, self.gradients)
+        return out
 
-    def evaluate(self) -> float:
+
+def loss_of(logits: Tensor, batch: Batch, method: Method, config: RunConfig) -> Output:
+    """The method's loss from the logits of the response tokens, [B, T, V]."""
+    stats = vk.token_stats(logits, batch.responses, temperature=config.temperature)
+    segments = vk.Segments.padded(torch.ones_like(batch.responses))
+    return method.loss(stats, batch.logp, batch.rewards, config.samples, segments)
+
+
+def exact_norm_gradient(module: Transformer, method: Method, config: RunConfig, batch: Batch) -> Output:
+    """The same with each sequence's exact gradient norm in the baseline, by one forward and one backward.
+
+    A prompt's rows must then be its sequence's own, so nothing is shared between samples here.
+    """
+    prompts = batch.prompts.repeat_interleave(config.samples, 0)
+    ids = torch.cat([prompts, batch.responses[:, :-1]], 1)
+    segments = vk.Segments.padded(torch.ones_like(batch.responses))
+    for parameter in module.parameters():
+        assert parameter.grad is not None
+        parameter.grad.zero_()
+    with vk.SequenceGradients(module) as gradients:
+        logits = module(ids)[:, prompts.shape[1] - 1 :]
+        stats = vk.token_stats(logits, batch.responses, temperature=config.temperature)
+        gradients.backward(segments.sum(stats.logp), vk.Segments.padded(torch.ones_like(ids)))
+        norms = gradients.squared_norms()
+        out = method.loss(stats, batch.logp, batch.rewards, config.samples, segments, norms)
+        gradients.accumulate_(out.coefficients)
+    # Observed without the loss: its backward has been done by hand.
+    return replace(out, loss=out.loss.detach())
+
+
+class Trainer:
+    """Some runs of one shape, a step at a time. They must agree in all but method, rate, seed and clip."""
+
+    def __init__(self, configs: Sequence[RunConfig], model: Transformer) -> None:
+        self.configs, self.config = list(configs), configs[0]
+        if len({c.shape for c in configs}) > 1:
+            raise ValueError("the runs of one trainer must agree in all but method, rate, seed and clip.")
+        self.task: Task = TASKS[self.config.task]
+        self.stack = ParameterStack(model, len(configs))
+        prompts, samples = self.config.prompts, self.config.samples
+        self.training = TrainingPass(model.config, prompts, samples, self.task.prompt_length, self.task.answer_length)
+        self.learners = [Learner(c, self.stack, run, self.training) for run, c in enumerate(configs)]
+        # The same held-out prompts for every seed, so that seeds differ in training alone.
+        self.held_out = self.task.prompts(self.config.eval_prompts, generator(HELD_OUT))
+        self.step = 0
+        self.sampled = 0
+        self.queue: deque[Rollouts] = deque()
+        self._fill(model, min(self.config.lag, self.config.steps))
+
+    def _fill(self, model: Transformer, batches: int) -> None:
+        """The queue's first batches, all of the initial policy: those of one seed are the same in every run."""
+        seeds = list(dict.fromkeys(c.seed for c in self.configs))
+        row_of = torch.tensor([seeds.index(c.seed) for c in self.configs])
+        initial = ParameterStack(model, len(seeds))
+        for start in range(0, batches, FILL):
+            count = min(FILL, batches - start)
+            drawn = [[self._draw(seed, start + i) for i in range(count)] for seed in seeds]
+            prompts = torch.stack([torch.cat([p for p, _ in row]) for row in drawn])
+            uniforms = torch.stack([torch.cat([u for _, u in row]) for row in drawn])
+            responses, logp = sample_stack(initial, prompts, uniforms, self.config.temperature)
+            for i in range(count):
+                part = slice(i * self.config.prompts, (i + 1) * self.config.prompts)
+                self._put(prompts[row_of, part], responses[row_of, part], logp[row_of, part])
+
+    def _draw(self, seed: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Prompts [G, P] and random numbers [G, S, T] of a seed's batch."""
+        stream = generator(seed, ROLLOUTS, batch)
+        prompts = self.task.prompts(self.config.prompts, stream)
+        shape = (self.config.prompts, self.config.samples, self.task.answer_length)
+        return prompts, torch.rand(shape, generator=stream)
+
+    def _put(self, prompts: Tensor, responses: Tensor, logp: Tensor) -> None:
+        each = prompts.unsqueeze(2).expand(*responses.shape[:3], -1)
+        rewards = self.task.rewards(each.flatten(0, 2), responses.flatten(0, 2)).view(responses.shape[:3])
+        self.queue.append(Rollouts(prompts, responses, logp, rewards, self.step))
+        self.sampled += 1
+
+    def _sample(self) -> None:
+        drawn = {seed: self._draw(seed, self.sampled) for seed in {c.seed for c in self.configs}}
+        prompts = torch.stack([drawn[c.seed][0] for c in self.configs])
+        uniforms = torch.stack([drawn[c.seed][1] for c in self.configs])
+        self._put(prompts, *sample_stack(self.stack, prompts, uniforms, self.config.temperature))
+
+    def train_step(self) -> list[dict[str, float]]:
+        """Sample with the current parameters, then learn from the oldest rollouts; each run's figures."""
+        if self.sampled < self.config.steps:
+            self._sample()
+        return self.learn(self.queue.popleft())
+
+    def learn(self, rollouts: Rollouts) -> list[dict[str, float]]:
+        """One optimizer step of every run."""
+        figures = [learner.learn(batch_of(rollouts, run)) for run, learner in enumerate(self.learners)]
+        self.step += 1
+        return figures
+
+    def evaluate(self) -> list[float]:
         """Held-out accuracy of sampled responses, with the same random stream every time."""
-        stream = generator(EVALUATION)
-        return sampled_accuracy(self.model, self.task, self.held_out, stream, self.config.temperature)
+        runs, count = len(self.configs), len(self.held_out)
+        uniforms = torch.rand(count, 1, self.task.answer_length, generator=generator(EVALUATION))
+        prompts = self.held_out.expand(runs, -1, -1)
+        responses, _ = sample_stack(self.stack, prompts, uniforms.expand(runs, -1, -1, -1), self.config.temperature)
+        correct = self.task.correct(self.held_out.repeat(runs, 1), responses.flatten(0, 2))
+        return correct.view(runs, count).mean(1).tolist()
+
+
+def batch_of(rollouts: Rollouts, run: int) -> Batch:
+    """One run's part, by sequence."""
+    responses, logp = (t[run].flatten(0, 1) for t in (rollouts.responses, rollouts.logp))
+    return Batch(rollouts.prompts[run], responses, logp, rollouts.rewards[run].flatten())
 
 
 def row_backend() -> str:
@@ -125,32 +226,34 @@ def row_backend() -> str:
 
 
 def train(
-    config: RunConfig,
+    configs: Sequence[RunConfig],
     folder: Path,
-    progress: Callable[[int, float, float], None] | None = None,
+    progress: Callable[[int, list[float], list[float]], None] | None = None,
     stop: Callable[[], bool] | None = None,
-) -> RunResult:
-    """A whole run, from the warm start cached in `folder`.
+) -> list[RunResult]:
+    """Whole runs, from the warm start cached in `folder`.
 
-    progress: called with (step, latest accuracy, latest ESS ratio) after each step. stop: asked before each
+    progress: called with (step, latest accuracies, latest ESS ratios) after each step. stop: asked before each
     step; when true, `Stopped` is raised.
     """
     started = time.perf_counter()
-    trainer = Trainer(config, warm_model(config.warm_start, folder))
-    result = RunResult(config, eval_steps=[0], accuracy=[trainer.evaluate()])
+    config = configs[0]
+    trainer = Trainer(configs, warm_model(config.warm_start, folder))
+    results = [RunResult(c) for c in configs]
+    for result, accuracy in zip(results, trainer.evaluate(), strict=True):
+        result.add(0, accuracy)
+    since: list[list[dict[str, float]]] = []
     for step in range(1, config.steps + 1):
         if stop is not None and stop():
             raise Stopped
-        for name, value in trainer.train_step().items():
-            getattr(result, name).append(value)
+        latest = trainer.train_step()
+        since.append(latest)
         if step % config.eval_every == 0 or step == config.steps:
-            result.eval_steps.append(step)
-            result.accuracy.append(trainer.evaluate())
+            by_run = zip(results, trainer.evaluate(), zip(*since, strict=True), strict=True)
+            for result, accuracy, figures in by_run:
+                result.add(step, accuracy, figures)
+            since.clear()
         if progress is not None:
-            progress(step, result.accuracy[-1], result.ess_ratio[-1])
-    last = result.accuracy[-FINAL_EVALS:]
-    result.final_accuracy = sum(last) / len(last)
-    result.best_accuracy = max(result.accuracy)
-    result.backend = row_backend()
-    result.seconds = time.perf_counter() - started
-    return result
+            progress(step, [r.accuracy[-1] for r in results], [f["ess_ratio"] for f in latest])
+    seconds = (time.perf_counter() - started) / len(configs)
+    return [result.finish(row_backend(), seconds) for result in results]

@@ -1,10 +1,11 @@
-"""Runs on several processes, one thread each. Finished runs stay; Ctrl-C loses only what was running.
+"""Runs on several processes, one thread each, some at once in each. Finished runs stay; Ctrl-C loses what was running.
 
 Workers are spawned, not forked: torch's thread pools do not survive a fork.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import queue
@@ -25,6 +26,10 @@ from .trainer import Stopped, train
 from .warm_start import warm_model
 
 PROGRESS_EVERY = 5  # steps
+TOGETHER = 8  # runs; more save little, and are lost when a worker is stopped
+# Freed memory is kept for the next step: otherwise glibc gives the larger tensors back to the system at every step, and each
+# first touch of a page costs more than what is computed on it.
+KEEP_MEMORY = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=1073741824"
 STOP_SECONDS = 10.0
 
 
@@ -49,7 +54,10 @@ class Outcome:
     interrupted: bool = False
 
 
-def _work(tasks: Queue[tuple[int, RunConfig] | None], messages: Queue[Message], stop: Event, folder: Path) -> None:
+Work = list[tuple[int, RunConfig]]  # runs, by number, that one trainer takes together
+
+
+def _work(tasks: Queue[Work | None], messages: Queue[Message], stop: Event, folder: Path) -> None:
     """A worker process: takes runs until there is none left or it is told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent decides
     quiet_single_thread()
@@ -59,25 +67,42 @@ def _work(tasks: Queue[tuple[int, RunConfig] | None], messages: Queue[Message], 
     def stopped() -> bool:
         return stop.is_set() or not parent.is_alive()  # nobody waits for the results of a killed program
 
-    while not stopped() and (task := tasks.get()) is not None:
-        run, config = task
+    while not stopped() and (work := tasks.get()) is not None:
+        runs, configs = zip(*work, strict=True)
 
-        def progress(step: int, accuracy: float, ess_ratio: float, run: int = run) -> None:
+        def progress(step: int, accuracy: list[float], ess: list[float], runs: tuple[int, ...] = runs) -> None:
             if step % PROGRESS_EVERY == 0:
-                messages.put(Message(run, step, accuracy, ess_ratio))
+                for run, latest, ratio in zip(runs, accuracy, ess, strict=True):
+                    messages.put(Message(run, step, latest, ratio))
 
         try:
-            result = train(config, folder, progress, stopped)
-            save_result(result, folder)
-            messages.put(Message(run, config.steps, result.accuracy[-1], result.ess_ratio[-1], finished=True))
+            for run, result in zip(runs, train(configs, folder, progress, stopped), strict=True):
+                save_result(result, folder)
+                last = result.accuracy[-1], result.ess_ratio[-1]
+                messages.put(Message(run, result.config.steps, *last, finished=True))
         except Stopped:
             return
         except Exception:
-            messages.put(Message(run, error=traceback.format_exc()))
+            for run in runs:
+                messages.put(Message(run, error=traceback.format_exc()))
+
+
+def together(configs: list[RunConfig], waiting: list[int], most: int) -> list[Work]:
+    """Runs in the order given, those of one shape in pieces of at most `most`."""
+    pieces: list[Work] = []
+    open_piece: dict[RunConfig, Work] = {}
+    for run in waiting:
+        shape = configs[run].shape
+        piece = open_piece.get(shape)
+        if piece is None or len(piece) == most:
+            pieces.append(piece := [])
+            open_piece[shape] = piece
+        piece.append((run, configs[run]))
+    return pieces
 
 
 def quiet_single_thread() -> None:
-    """One torch thread, as results depend on how many; no warning about the backend, on eleven tokens."""
+    """One torch thread, as results depend on how many; no warning about the backend, on a dozen tokens."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="vcpo_kernels: .* runs on the slow reference backend")
 
@@ -95,8 +120,9 @@ def run_all(
     workers: int,
     force: bool = False,
     on_message: Callable[[Message], None] = lambda message: None,
+    most: int = TOGETHER,
 ) -> Outcome:
-    """Run what `folder` has no result of (with `force`: everything) on `workers` processes; all results.
+    """Run what `folder` has no result of (with `force`: everything) on `workers` processes, `most` at once in each.
 
     Warm starts must be there (`prepare_warm_starts`). on_message is called in this process. Ctrl-C is taken
     as a wish to stop: the workers end after their current step, and the outcome says so.
@@ -105,13 +131,16 @@ def run_all(
     waiting = [i for i in range(len(configs)) if i not in outcome.results]
     if not waiting:
         return outcome
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children's torch reads it when they import it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the children read these two as they start
+    os.environ.setdefault("GLIBC_TUNABLES", KEEP_MEMORY)
     context = multiprocessing.get_context("spawn")
-    tasks: Queue[tuple[int, RunConfig] | None] = context.Queue()
+    tasks: Queue[Work | None] = context.Queue()
     messages: Queue[Message] = context.Queue()
     stop = context.Event()
-    workers = min(workers, len(waiting))
-    for task in [*((i, configs[i]) for i in waiting), *[None] * workers]:
+    # Few runs are spread over all workers before any of them takes several.
+    pieces = together(configs, waiting, max(1, min(most, math.ceil(len(waiting) / workers))))
+    workers = min(workers, len(pieces))
+    for task in [*pieces, *[None] * workers]:
         tasks.put(task)
     arguments = (tasks, messages, stop, folder)
     processes = [context.Process(target=_work, args=arguments, daemon=True) for _ in range(workers)]
