@@ -259,3 +259,33 @@ def test_advantages(
 ) -> None:
     with pytest.raises(error, match=message):
         getattr(objectives, function)(*arguments, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        (
+            lambda t: t.advantages,
+            TypeError,
+            r"mine: rule must return TokenTerms\(coefficients, ...\), got a float64 tensor",
+        ),
+        (
+            lambda t: objectives.TokenTerms(1.0),
+            TypeError,
+            r"mine: the rule's coefficients must be a torch.Tensor, got 1.0",
+        ),
+        (
+            lambda t: objectives.TokenTerms(t.advantages[:2]),
+            ValueError,
+            r"mine: the rule's coefficients must have shape \(48,\) \(one value per token, as tokens.logp\)",
+        ),
+        (
+            lambda t: objectives.TokenTerms(t.advantages, metrics={"mean_ratio": t.ratio.mean()}),
+            ValueError,
+            r"mine: the rule's mean_ratio must have shape \(48,\)",
+        ),
+    ],
+)
+def test_a_users_rule(rule: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        objectives.objective_from_coefficients("mine", rule, BATCH.stats(), BATCH.mu, BATCH.advantages, BATCH.segments)

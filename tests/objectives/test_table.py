@@ -11,7 +11,8 @@ import vcpo_kernels as vk
 from tests.objectives import ragged
 from vcpo_kernels import objectives
 from vcpo_kernels.objectives import ADVANTAGES, OBJECTIVES
-from vcpo_kernels.objectives.build import METRICS, CommonTerms
+from vcpo_kernels.objectives.build import METRICS
+from vcpo_kernels.objectives.common import CommonTerms
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

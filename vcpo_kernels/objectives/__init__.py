@@ -11,8 +11,9 @@ from vcpo_kernels.objectives.advantages import (
     length_weighted_advantages,
     opob_advantages,
 )
-from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, objective_from_coefficients
+from vcpo_kernels.objectives.build import TokenTerms, objective_from_coefficients
 from vcpo_kernels.objectives.clipped import cispo, ppo_clip
+from vcpo_kernels.objectives.common import CommonTerms
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.masked import dppo_tv, icepop, m2po, opsm
 from vcpo_kernels.objectives.output import ObjectiveOutput

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vcpo_kernels import _checks
 from vcpo_kernels.baselines import check_groups, check_norms, check_rewards, group_baselines, grouped
-from vcpo_kernels.objectives.build import finite_float
+from vcpo_kernels.objectives.common import finite_float
 from vcpo_kernels.weights import usable
 
 STD_FLOOR = 1e-8  # as vcpo_loss: a smaller deviation does not divide

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypedDict
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vcpo_kernels import _checks
 from vcpo_kernels.objectives._token_loss import token_loss
+from vcpo_kernels.objectives.common import CommonTerms, checked_terms
 from vcpo_kernels.objectives.correction import Correction, corrected_weights
 from vcpo_kernels.objectives.kl import ESTIMATORS
 from vcpo_kernels.objectives.output import ObjectiveOutput
@@ -23,7 +24,7 @@ from vcpo_kernels.objectives.tokens import TokenBatch, like_logp, times, token_b
 from vcpo_kernels.segment_sum import segment_sum
 from vcpo_kernels.segments import Segments
 from vcpo_kernels.token_stats import TokenStats
-from vcpo_kernels.vcpo_coefficients import AGGREGATIONS, aggregation_scale
+from vcpo_kernels.vcpo_coefficients import UNTRUNCATED_LIMIT, aggregation_scale
 from vcpo_kernels.weights import ess_from_moments, ess_moments
 
 if TYPE_CHECKING:
@@ -40,41 +41,6 @@ METRICS = (
     "approx_kl",  # mean of -log pi/mu, the k1 estimate of KL(mu || pi)
     "policy_loss",  # the loss without KL penalty and entropy bonus
 )
-
-
-class CommonTerms(TypedDict, total=False):
-    """Keyword arguments that every objective takes; all optional.
-
-    num_sequences, num_tokens: B and sum|T| of the whole step, where this batch is one micro-batch of several. None: counted.
-    max_tokens: T_max of "seq-mean-token-sum-norm". None: the padded length.
-    token_weights: constant factors before the policy term (not KL or entropy), [B] or in the shape of stats.logp: a
-        trainer's own importance weights, a mask of the tokens to train on.
-    reference_logp: log pi_ref of each token, for the KL penalty. kl_coefficient: its factor, >= 0.
-    kl_estimator: "k1" | "k2" | "k3" (`kl.ESTIMATORS` says which gradient each gives).
-    kl_importance_weighted: take r KL_t instead, r = exp(log_ratio) of the token and differentiated through (DeepSeek-V3.2,
-        arXiv 2512.02556; TRL's use_bias_correction_kl): unbiased on samples of mu, and k3's gradient becomes r d grad logp.
-    entropy_coefficient: factor of the entropy bonus, aggregated like the loss; of either sign.
-    ess_max_weight: truncation of the weights that ESS is taken of. None: unclipped.
-    """
-
-    num_sequences: float | None
-    num_tokens: float | None
-    max_tokens: float | None
-    token_weights: Tensor | None
-    reference_logp: Tensor | None
-    kl_coefficient: float
-    kl_estimator: str
-    kl_importance_weighted: bool
-    entropy_coefficient: float
-    ess_max_weight: float | None
-
-
-DEFAULTS: CommonTerms = {
-    "kl_coefficient": 0.0,
-    "kl_estimator": "k3",
-    "kl_importance_weighted": False,
-    "entropy_coefficient": 0.0,
-}
 
 
 @dataclass(frozen=True)
@@ -171,60 +137,48 @@ def build_objective(
     correction: Correction | None = None,
 ) -> ObjectiveOutput:
     """`objective_from_coefficients`, its common terms as a mapping: what a method does not take cannot slip through it."""
-    terms = _checked(where, aggregation, common)
+    terms = checked_terms(where, aggregation, common)
     tokens = token_batch(where, stats, behavior_logp, advantages, segments, proximal_logp)
     scale = _scale(where, aggregation, terms, tokens)
     policy = _policy(where, rule(tokens), tokens, correction, terms.get("token_weights"))
-    coefficients, value = scale * policy.coefficients, (scale * policy.values).sum()
-    metrics = _metrics(tokens, policy)
-    metrics["policy_loss"] = -value
-    loss = -value
-    if terms["kl_coefficient"] and (reference := terms.get("reference_logp")) is not None:
-        kl, slope, finite = _kl(where, reference, terms["kl_estimator"], terms["kl_importance_weighted"], tokens)
-        coefficients = coefficients - terms["kl_coefficient"] * scale * slope
-        loss = loss + terms["kl_coefficient"] * (scale * kl).sum()
-        metrics["kl_mean"] = kl.sum() / finite.sum().clamp(min=1)
-        metrics["kl_nonfinite_tokens"] = (tokens.live & ~finite).sum().double()
+    value = (scale * policy.values).sum()
+    total = _Total(-value, scale * policy.coefficients, None, _metrics(tokens, policy) | {"policy_loss": -value})
+    if terms["kl_coefficient"]:
+        total = _with_kl(where, total, scale, terms, tokens)
     entropy = segments.flat(where, "stats", stats.entropy)
-    entropy_coefficients = None
     if terms["entropy_coefficient"]:
-        entropy_coefficients = (terms["entropy_coefficient"] * scale).to(stats.entropy.dtype)
-        held = torch.where(tokens.live, entropy.detach().double(), 0.0)
-        loss = loss - terms["entropy_coefficient"] * (scale * held).sum()
-        metrics["entropy_mean"] = held.sum() / tokens.lengths.sum().clamp(min=1)
-    return _output(where, stats, segments, tokens, terms, loss, coefficients, entropy, entropy_coefficients, metrics)
+        total = _with_entropy(total, scale, terms["entropy_coefficient"], entropy.detach(), tokens)
+    return _output(segments.flat(where, "stats", stats.logp), entropy, total, tokens, terms["ess_max_weight"], stats)
+
+
+@dataclass(frozen=True)
+class _Total:
+    """The loss (0-d) and its negated derivatives [N], in float64, and what was measured on the way."""
+
+    loss: Tensor
+    coefficients: Tensor
+    entropy_coefficients: Tensor | None
+    metrics: dict[str, Tensor]
 
 
 def _output(
-    where: str,
-    stats: TokenStats,
-    segments: Segments,
-    tokens: TokenBatch,
-    terms: dict[str, Any],
-    loss: Tensor,
-    coefficients: Tensor,
-    entropy: Tensor,
-    entropy_coefficients: Tensor | None,
-    metrics: dict[str, Tensor],
+    logp: Tensor, entropy: Tensor, total: _Total, tokens: TokenBatch, ess_max_weight: float | None, stats: TokenStats
 ) -> ObjectiveOutput:
-    logp = segments.flat(where, "stats", stats.logp)
-    log_weights = segment_sum(tokens.log_weight, tokens.mask, segments.offsets, segments.order)
+    log_weights = segment_sum(tokens.log_weight, tokens.mask, tokens.segments.offsets, tokens.segments.order)
     clipped = log_weights
-    if terms.get("ess_max_weight") is not None:
-        clipped = torch.where(
-            log_weights < math.inf, log_weights.clamp(max=math.log(terms["ess_max_weight"])), math.nan
-        )
+    if ess_max_weight is not None:  # +inf stays a broken weight, which a clamp would make an ordinary one
+        clipped = torch.where(log_weights < math.inf, log_weights.clamp(max=math.log(ess_max_weight)), math.nan)
     moments = ess_moments(clipped, tokens.lengths > 0)
     ess, ratio = ess_from_moments(moments)
-    coefficients = coefficients.to(logp.dtype)
-    metrics = {"ess": ess, "ess_ratio": ratio, **metrics}
-    largest = torch.finfo(logp.dtype).max
-    metrics = {key: value.clamp(-largest, largest).to(logp.dtype) for key, value in metrics.items()}
-    shape = stats.logp.shape
+    largest = torch.finfo(log_weights.dtype).max
+    metrics = {"ess": ess, "ess_ratio": ratio, **total.metrics}
+    metrics = {key: value.clamp(-largest, largest).to(log_weights.dtype) for key, value in metrics.items()}
+    coefficients = total.coefficients.to(logp.dtype)
+    to_entropy = None if total.entropy_coefficients is None else total.entropy_coefficients.to(entropy.dtype)
     return ObjectiveOutput(
-        loss=token_loss(logp, entropy, coefficients, entropy_coefficients, loss),
-        coefficients=coefficients.view(shape),
-        entropy_coefficients=None if entropy_coefficients is None else entropy_coefficients.view(shape),
+        loss=token_loss(logp, entropy, coefficients, to_entropy, total.loss),
+        coefficients=coefficients.view(stats.logp.shape),
+        entropy_coefficients=None if to_entropy is None else to_entropy.view(stats.logp.shape),
         log_weights=log_weights,
         ess=metrics["ess"],
         ess_ratio=metrics["ess_ratio"],
@@ -246,8 +200,9 @@ class _Policy:
 def _policy(
     where: str, rule: TokenTerms, tokens: TokenBatch, correction: Correction | None, token_weights: Tensor | None
 ) -> _Policy:
-    a = rule.coefficients.double()
-    v = times(a, tokens.logp.double()) if rule.values is None else rule.values.double()
+    _check_rule(where, rule, tokens)
+    a = rule.coefficients.detach().double()
+    v = times(a, tokens.logp.double()) if rule.values is None else rule.values.detach().double()
     metrics = dict(rule.metrics)
     ok = tokens.live & ((tokens.log_ratio < math.inf) if rule.uses_ratio else torch.ones_like(tokens.live))
     per_sequence = rule.per_sequence
@@ -272,7 +227,8 @@ def _policy(
         a, v = times(extra, a), times(extra, v)
     if per_sequence:
         ok = ok & ~tokens.any_of_sequence(~ok)
-    ok = ok & a.isfinite() & v.isfinite()
+    largest = torch.finfo(tokens.logp.dtype).max  # beyond it the gradient would be inf in its own dtype
+    ok = ok & (a.abs() <= largest) & (v.abs() <= largest)
     return _Policy(torch.where(ok, a, 0.0), torch.where(ok, v, 0.0), ok, metrics)
 
 
@@ -284,17 +240,50 @@ def _token_weights(where: str, weights: Tensor, tokens: TokenBatch) -> Tensor:
     return torch.where(tokens.live, like_logp(where, "token_weights", weights, tokens.segments, tokens.logp), 0.0)
 
 
-def _kl(
-    where: str, reference: Tensor, estimator: str, weighted: bool, tokens: TokenBatch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """KL_t and its derivative, 0 where either is not finite, and where both are (live tokens alone)."""
-    d = (tokens.logp - like_logp(where, "reference_logp", reference, tokens.segments, tokens.logp)).double()
-    kl, slope = ESTIMATORS[estimator](d)
-    if weighted:
+def _check_rule(where: str, rule: object, tokens: TokenBatch) -> None:
+    if not isinstance(rule, TokenTerms):
+        raise TypeError(f"{where}: rule must return TokenTerms(coefficients, ...), got {_checks.describe(rule)}.")
+    named = {
+        "coefficients": rule.coefficients,
+        **({} if rule.values is None else {"values": rule.values}),
+        **rule.metrics,
+    }
+    for name, value in named.items():
+        _checks.tensor(where, f"the rule's {name}", value)
+        _checks.shape(where, f"the rule's {name}", value, tokens.logp.shape, "one value per token, as tokens.logp")
+
+
+def _with_kl(where: str, total: _Total, scale: Tensor, terms: dict[str, Any], tokens: TokenBatch) -> _Total:
+    """The loss with its KL penalty. A token whose KL or derivative reaches e^80 has none, and is counted."""
+    reference = like_logp(where, "reference_logp", terms["reference_logp"], tokens.segments, tokens.logp)
+    kl, slope = ESTIMATORS[terms["kl_estimator"]]((tokens.logp - reference).double())
+    if terms["kl_importance_weighted"]:
         ratio = tokens.ratio.double()
         kl, slope = ratio * kl, ratio * (kl + slope)
-    finite = tokens.live & kl.isfinite() & slope.isfinite()
-    return torch.where(finite, kl, 0.0), torch.where(finite, slope, 0.0), finite
+    limit = math.exp(UNTRUNCATED_LIMIT)
+    ok = tokens.live & (kl.abs() < limit) & (slope.abs() < limit)
+    kl, slope = torch.where(ok, kl, 0.0), torch.where(ok, slope, 0.0)
+    factor = terms["kl_coefficient"] * scale
+    measured = {
+        "kl_mean": kl.sum() / ok.sum().clamp(min=1),
+        "kl_nonfinite_tokens": (tokens.live & ~ok).sum().double(),
+    }
+    return replace(
+        total,
+        loss=total.loss + (factor * kl).sum(),
+        coefficients=total.coefficients - factor * slope,
+        metrics=total.metrics | measured,
+    )
+
+
+def _with_entropy(total: _Total, scale: Tensor, coefficient: float, entropy: Tensor, tokens: TokenBatch) -> _Total:
+    held = torch.where(tokens.live, entropy.double(), 0.0)
+    return replace(
+        total,
+        loss=total.loss - coefficient * (scale * held).sum(),
+        entropy_coefficients=coefficient * scale.double(),
+        metrics=total.metrics | {"entropy_mean": held.sum() / tokens.lengths.sum().clamp(min=1)},
+    )
 
 
 def _metrics(tokens: TokenBatch, policy: _Policy) -> dict[str, Tensor]:
@@ -311,38 +300,6 @@ def _metrics(tokens: TokenBatch, policy: _Policy) -> dict[str, Tensor]:
         "approx_kl": mean(-tokens.log_weight),
         **{key: mean(values.double()) for key, values in policy.metrics.items()},
     }
-
-
-def _checked(where: str, aggregation: str, common: Any) -> dict[str, Any]:
-    known = CommonTerms.__annotations__
-    if unknown := [key for key in common if key not in known]:
-        raise TypeError(
-            f"{where}: unknown argument {unknown[0]!r}. Beside the method's own it takes {', '.join(known)}."
-        )
-    terms: dict[str, Any] = {**DEFAULTS, **common}
-    _checks.choice(where, "aggregation", aggregation, AGGREGATIONS)
-    _checks.choice(where, "kl_estimator", terms["kl_estimator"], tuple(ESTIMATORS))
-    for key in ("num_sequences", "num_tokens", "max_tokens", "ess_max_weight"):
-        terms[key] = _checks.positive_float(where, key, terms.get(key), optional=True)
-    _checks.boolean(where, "kl_importance_weighted", terms["kl_importance_weighted"])
-    terms["kl_coefficient"] = finite_float(where, "kl_coefficient", terms["kl_coefficient"], minimum=0.0)
-    terms["entropy_coefficient"] = finite_float(where, "entropy_coefficient", terms["entropy_coefficient"])
-    if terms["kl_coefficient"] and terms.get("reference_logp") is None:
-        raise ValueError(
-            f"{where}: kl_coefficient={terms['kl_coefficient']} needs reference_logp, log pi_ref of each token."
-        )
-    return terms
-
-
-def finite_float(where: str, name: str, value: Any, minimum: float = -math.inf) -> float:
-    """A finite Python float >= minimum."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{where}: {name} must be a number, got {_checks.describe(value)}.")
-    number = float(value)
-    if not math.isfinite(number) or number < minimum:
-        bound = f" and >= {minimum:g}" if minimum > -math.inf else ""
-        raise ValueError(f"{where}: {name} must be finite{bound}, got {value!r}.")
-    return number
 
 
 def _scale(where: str, aggregation: str, terms: dict[str, Any], tokens: TokenBatch) -> Tensor:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels import _checks
-from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, build_objective, finite_float
+from vcpo_kernels.objectives.build import TokenTerms, build_objective
 from vcpo_kernels.objectives.clipped import clipped_terms, dual_bound, log_clip_bounds
+from vcpo_kernels.objectives.common import CommonTerms, finite_float
 from vcpo_kernels.objectives.correction import Correction, check_bounds
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, build_objective, finite_float
+from vcpo_kernels.objectives.build import TokenTerms, build_objective
 from vcpo_kernels.objectives.clipped import clipped_terms, log_clip_bounds
+from vcpo_kernels.objectives.common import CommonTerms, finite_float
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times

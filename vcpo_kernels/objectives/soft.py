@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from vcpo_kernels import _checks
-from vcpo_kernels.objectives.build import CommonTerms, TokenTerms, build_objective, finite_float
+from vcpo_kernels.objectives.build import TokenTerms, build_objective
+from vcpo_kernels.objectives.common import CommonTerms, finite_float
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times

@@ -100,9 +100,7 @@ class _Walk:
         self.sequence = owner.clamp(max=max(segments.num_sequences - 1, 0))
         self.start = segments.offsets[self.sequence] if segments.num_sequences else places
         self.position = self.running(self.live.double()).round().long()
-        self.lengths = segment_sum(
-            torch.ones(num_tokens, dtype=torch.float64, device=device), mask, segments.offsets, segments.order
-        )
+        self.lengths = segment_sum(torch.ones(num_tokens, device=device), mask, segments.offsets, segments.order)
 
     def running(self, values: Tensor) -> Tensor:
         """Sums of each sequence up to and including each token, float64; values must be 0 where not live."""

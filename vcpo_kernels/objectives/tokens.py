@@ -24,6 +24,11 @@ def exp_or_drop(log_values: Tensor) -> Tensor:
     return torch.where(log_values < UNTRUNCATED_LIMIT, log_values.exp(), log_values + math.inf)
 
 
+def wide(values: Tensor) -> Tensor:
+    """fp32, or float64 as it is: in fp32 the segment ops stay on a GPU's own kernels, which float64 has not."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def times(weights: Tensor, advantages: Tensor) -> Tensor:
     """weights * advantages, exactly 0 where either is 0, whatever the other holds."""
     return torch.where((advantages == 0) | (weights == 0), 0.0, weights * advantages)
@@ -72,7 +77,8 @@ class TokenBatch:
         return self.spread(sums / self.lengths.clamp(min=1).to(sums.dtype))
 
     def spread(self, per_sequence: Tensor) -> Tensor:
-        """[B] -> [N], 0 where a token does not count."""
+        """[B] -> [N] in logp's dtype, 0 where a token does not count."""
+        per_sequence = per_sequence.to(self.logp.dtype)
         return segment_spread(per_sequence, self.mask, self.segments.offsets, self.segments.order, self.live.shape[0])
 
     def any_of_sequence(self, flags: Tensor) -> Tensor:
@@ -97,11 +103,11 @@ def token_batch(
         raise TypeError(
             f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}."
         )
-    logp = segments.flat(where, "stats", stats.logp).detach()
+    logp = wide(segments.flat(where, "stats", stats.logp)).detach()
     mask = segments.mask_without_first(logp.numel()) if stats.shifted else segments.mask
-    ones = torch.ones(segments.num_sequences, dtype=torch.float64, device=logp.device)
+    ones = torch.ones(segments.num_sequences, dtype=logp.dtype, device=logp.device)
     live = segment_spread(ones, mask, segments.offsets, segments.order, logp.numel()) > 0
-    lengths = segment_sum(live.double(), mask, segments.offsets, segments.order)
+    lengths = segment_sum(live.to(logp.dtype), mask, segments.offsets, segments.order).double()
 
     def tokens(name: str, value: Tensor) -> Tensor:
         return torch.where(live, like_logp(where, name, value, segments, logp), 0.0)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from vcpo_kernels.objectives.build import CommonTerms, Rule, TokenTerms, build_objective, finite_float
+from vcpo_kernels.objectives.build import Rule, TokenTerms, build_objective
+from vcpo_kernels.objectives.common import CommonTerms, finite_float
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times

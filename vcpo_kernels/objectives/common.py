@@ -1,0 +1,82 @@
+"""CommonTerms: the keyword arguments that every objective takes, their defaults and their checks.
+
+Layer: none; plain Python.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from vcpo_kernels import _checks
+from vcpo_kernels.objectives.kl import ESTIMATORS
+from vcpo_kernels.vcpo_coefficients import AGGREGATIONS
+
+
+class CommonTerms(TypedDict, total=False):
+    """Keyword arguments that every objective takes; all optional.
+
+    num_sequences, num_tokens: B and sum|T| of the whole step, where this batch is one micro-batch of several. None: counted.
+    max_tokens: T_max of "seq-mean-token-sum-norm". None: the padded length.
+    token_weights: constant factors before the policy term (not KL or entropy), [B] or in the shape of stats.logp: a
+        trainer's own importance weights, a mask of the tokens to train on.
+    reference_logp: log pi_ref of each token, for the KL penalty. kl_coefficient: its factor, >= 0.
+    kl_estimator: "k1" | "k2" | "k3" (`kl.ESTIMATORS` says which gradient each gives).
+    kl_importance_weighted: take r KL_t instead, r = exp(log_ratio) of the token and differentiated through (DeepSeek-V3.2,
+        arXiv 2512.02556; TRL's use_bias_correction_kl): unbiased on samples of mu, and k3's gradient becomes r d grad logp.
+    entropy_coefficient: factor of the entropy bonus, aggregated like the loss; of either sign.
+    ess_max_weight: truncation of the weights that ESS is taken of. None: unclipped.
+    """
+
+    num_sequences: float | None
+    num_tokens: float | None
+    max_tokens: float | None
+    token_weights: Tensor | None
+    reference_logp: Tensor | None
+    kl_coefficient: float
+    kl_estimator: str
+    kl_importance_weighted: bool
+    entropy_coefficient: float
+    ess_max_weight: float | None
+
+
+DEFAULTS: CommonTerms = {
+    "kl_coefficient": 0.0,
+    "kl_estimator": "k3",
+    "kl_importance_weighted": False,
+    "entropy_coefficient": 0.0,
+}
+
+
+def checked_terms(where: str, aggregation: str, common: Any) -> dict[str, Any]:
+    known = CommonTerms.__annotations__
+    if unknown := [key for key in common if key not in known]:
+        raise TypeError(
+            f"{where}: unknown argument {unknown[0]!r}. Beside the method's own it takes {', '.join(known)}."
+        )
+    terms: dict[str, Any] = {**DEFAULTS, **common}
+    _checks.choice(where, "aggregation", aggregation, AGGREGATIONS)
+    _checks.choice(where, "kl_estimator", terms["kl_estimator"], tuple(ESTIMATORS))
+    for key in ("num_sequences", "num_tokens", "max_tokens", "ess_max_weight"):
+        terms[key] = _checks.positive_float(where, key, terms.get(key), optional=True)
+    _checks.boolean(where, "kl_importance_weighted", terms["kl_importance_weighted"])
+    terms["kl_coefficient"] = finite_float(where, "kl_coefficient", terms["kl_coefficient"], minimum=0.0)
+    terms["entropy_coefficient"] = finite_float(where, "entropy_coefficient", terms["entropy_coefficient"])
+    if terms["kl_coefficient"] and terms.get("reference_logp") is None:
+        raise ValueError(
+            f"{where}: kl_coefficient={terms['kl_coefficient']} needs reference_logp, log pi_ref of each token."
+        )
+    return terms
+
+
+def finite_float(where: str, name: str, value: Any, minimum: float = -math.inf) -> float:
+    """A finite Python float >= minimum."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{where}: {name} must be a number, got {_checks.describe(value)}.")
+    number = float(value)
+    if not math.isfinite(number) or number < minimum:
+        bound = f" and >= {minimum:g}" if minimum > -math.inf else ""
+        raise ValueError(f"{where}: {name} must be finite{bound}, got {value!r}.")
+    return number
