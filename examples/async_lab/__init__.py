@@ -13,6 +13,8 @@ whether training survives them depends on the method and the learning rate.
     warm_start.py  the supervised model that every run starts from
     methods.py     the methods under comparison, in a table
     trainer.py     the loop: queue of stale rollouts, `vk.token_stats`, a method's loss, `vk.EssLearningRate`
+    paced.py       a sampler and a learner process at their own pace
+    race.py        their time to a target accuracy, in a table
     workers.py     runs on several processes, resumable
     export.py      all runs as one CSV file, and back
     display.py     the terminal: live progress and tables

@@ -1,4 +1,4 @@
-"""The commands: demo, run, grid, paper, report."""
+"""The commands: demo, run, grid, paper, race, report."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
+from . import race
 from .config import RunConfig, RunResult, all_results, warm_start_of
 from .display import LiveRuns, grid_tables, label, runs_table
 from .export import export, restore
 from .figures import curves_figure, rates_figure
 from .methods import METHODS
+from .paced import PacedResult, run_paced
 from .workers import Outcome, finished_before, prepare_warm_starts, run_all
 
 app = typer.Typer(
@@ -198,6 +200,50 @@ def paper(
     for task in dict.fromkeys(r.config.task for r in results):
         for table in grid_tables(r for r in results if r.config.task == task):
             console.print(table)
+
+
+@app.command("race")
+def race_command(
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "seq-tis,vcpo",
+    bounds: Annotated[
+        str, typer.Option(help="Batches that the sampler may be ahead, separated by commas; 0: the two take turns.")
+    ] = "0,4,16",
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
+    target: Annotated[float, typer.Option(help="Held-out accuracy to reach.")] = 0.65,
+    seeds: SeedsOption = "0,1,2",
+    steps: StepsOption = 400,
+    task: TaskOption = "sort",
+    out: OutOption = DEFAULT_OUT,
+    csv: CsvOption = None,
+) -> None:
+    """A sampler and a learner process at their own pace: time to a target. Wants two idle cores."""
+    configs = _configs(
+        _list("methods", methods, str, "names"),
+        _list("bounds", bounds, int, "whole numbers"),
+        [rate],
+        _list("seeds", seeds, int, "whole numbers"),
+        steps,
+        task,
+    )
+    results: list[PacedResult] = []
+    try:
+        with console.status("") as status:
+            prepare_warm_starts((config.warm_start for config in configs), out)
+            for config in configs:
+
+                def show(step: int, seconds: float, config: RunConfig = config) -> None:
+                    if step % 10 == 0:
+                        done = f"{len(results)} of {len(configs)} runs"
+                        status.update(f"{done}; {label(config)}: step {step}, {seconds:.1f} s")
+
+                results.append(run_paced(config, out, show))
+    except KeyboardInterrupt:
+        console.print(f"Stopped. {len(results)} of {len(configs)} runs were measured; nothing is resumed.")
+        raise typer.Exit(130) from None
+    console.print(race.table(results, target))
+    if csv is not None:
+        race.export(results, target, csv)
+        console.print(f"All runs: {csv}")
 
 
 @app.command()

@@ -151,8 +151,6 @@ class Trainer:
         prompts, samples = self.config.prompts, self.config.samples
         self.training = TrainingPass(model.config, prompts, samples, self.task.prompt_length, self.task.answer_length)
         self.learners = [Learner(c, self.stack, run, self.training) for run, c in enumerate(configs)]
-        # The same held-out prompts for every seed, so that seeds differ in training alone.
-        self.held_out = self.task.prompts(self.config.eval_prompts, generator(HELD_OUT))
         self.step = 0
         self.sampled = 0
         self.queue: deque[Rollouts] = deque()
@@ -165,7 +163,7 @@ class Trainer:
         initial = ParameterStack(model, len(seeds))
         for start in range(0, batches, FILL):
             count = min(FILL, batches - start)
-            drawn = [[self._draw(seed, start + i) for i in range(count)] for seed in seeds]
+            drawn = [[draw(self.config, seed, start + i) for i in range(count)] for seed in seeds]
             prompts = torch.stack([torch.cat([p for p, _ in row]) for row in drawn])
             uniforms = torch.stack([torch.cat([u for _, u in row]) for row in drawn])
             responses, logp = sample_stack(initial, prompts, uniforms, self.config.temperature)
@@ -173,21 +171,13 @@ class Trainer:
                 part = slice(i * self.config.prompts, (i + 1) * self.config.prompts)
                 self._put(prompts[row_of, part], responses[row_of, part], logp[row_of, part])
 
-    def _draw(self, seed: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Prompts [G, P] and random numbers [G, S, T] of a seed's batch."""
-        stream = generator(seed, ROLLOUTS, batch)
-        prompts = self.task.prompts(self.config.prompts, stream)
-        shape = (self.config.prompts, self.config.samples, self.task.answer_length)
-        return prompts, torch.rand(shape, generator=stream)
-
     def _put(self, prompts: Tensor, responses: Tensor, logp: Tensor) -> None:
-        each = prompts.unsqueeze(2).expand(*responses.shape[:3], -1)
-        rewards = self.task.rewards(each.flatten(0, 2), responses.flatten(0, 2)).view(responses.shape[:3])
+        rewards = verified(self.task, prompts, responses)
         self.queue.append(Rollouts(prompts, responses, logp, rewards, self.step))
         self.sampled += 1
 
     def _sample(self) -> None:
-        drawn = {seed: self._draw(seed, self.sampled) for seed in {c.seed for c in self.configs}}
+        drawn = {seed: draw(self.config, seed, self.sampled) for seed in {c.seed for c in self.configs}}
         prompts = torch.stack([drawn[c.seed][0] for c in self.configs])
         uniforms = torch.stack([drawn[c.seed][1] for c in self.configs])
         self._put(prompts, *sample_stack(self.stack, prompts, uniforms, self.config.temperature))
@@ -205,13 +195,34 @@ class Trainer:
         return figures
 
     def evaluate(self) -> list[float]:
-        """Held-out accuracy of sampled responses, with the same random stream every time."""
-        runs, count = len(self.configs), len(self.held_out)
-        uniforms = torch.rand(count, 1, self.task.answer_length, generator=generator(EVALUATION))
-        prompts = self.held_out.expand(runs, -1, -1)
-        responses, _ = sample_stack(self.stack, prompts, uniforms.expand(runs, -1, -1, -1), self.config.temperature)
-        correct = self.task.correct(self.held_out.repeat(runs, 1), responses.flatten(0, 2))
-        return correct.view(runs, count).mean(1).tolist()
+        """Held-out accuracy of every run."""
+        return held_out_accuracy(self.stack, self.config)
+
+
+def draw(config: RunConfig, seed: int, batch: int) -> tuple[Tensor, Tensor]:
+    """Prompts [G, P] of a seed's batch, and the random numbers [G, S, T] that their responses are drawn with."""
+    task, stream = TASKS[config.task], generator(seed, ROLLOUTS, batch)
+    prompts = task.prompts(config.prompts, stream)
+    return prompts, torch.rand(config.prompts, config.samples, task.answer_length, generator=stream)
+
+
+def verified(task: Task, prompts: Tensor, responses: Tensor) -> Tensor:
+    """Rewards [R, G, S] of responses [R, G, S, T] to prompts [R, G, P]."""
+    each = prompts.unsqueeze(2).expand(*responses.shape[:3], -1)
+    return task.rewards(each.flatten(0, 2), responses.flatten(0, 2)).view(responses.shape[:3])
+
+
+def held_out_accuracy(stack: ParameterStack, config: RunConfig) -> list[float]:
+    """Accuracy of sampled responses of each model, with the same prompts and random numbers every time and in every
+    run, so that seeds differ in training alone."""
+    task, runs = TASKS[config.task], len(stack)
+    prompts = task.prompts(config.eval_prompts, generator(HELD_OUT))
+    uniforms = torch.rand(len(prompts), 1, task.answer_length, generator=generator(EVALUATION))
+    every = prompts.expand(runs, -1, -1), uniforms.expand(runs, -1, -1, -1)
+    responses, _ = sample_stack(stack, *every, config.temperature)
+    correct = task.correct(prompts.repeat(runs, 1), responses.flatten(0, 2))
+    accuracies: list[float] = correct.view(runs, -1).mean(1).tolist()
+    return accuracies
 
 
 def batch_of(rollouts: Rollouts, run: int) -> Batch:
