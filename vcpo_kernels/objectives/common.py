@@ -1,6 +1,6 @@
 """CommonTerms: the keyword arguments that every objective takes, their defaults and their checks.
 
-Layer: none; plain Python.
+Layer: arguments, before any tensor is touched.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ DEFAULTS: CommonTerms = {
 
 
 def checked_terms(where: str, aggregation: str, common: Any) -> dict[str, Any]:
+    """The common terms with their defaults, checked. Raises TypeError or ValueError naming the argument."""
     known = CommonTerms.__annotations__
     if unknown := [key for key in common if key not in known]:
         raise TypeError(
