@@ -156,9 +156,9 @@ def m2po(
 
     Second-moment trust policy optimization (arXiv 2510.01161, Algorithm 1), r = pi/mu: among the trust-region tokens (A > 0
     and r > 1, or A < 0 and r < 1) the largest (log r)^2 are masked until the mean of the remaining is <= threshold; all others
-    keep their gradient r A grad logp. AReaL takes the mean over all tokens (trust_region_only=False);
-    the authors' code makes clip bounds of the same threshold, no tighter than 0.7 and 1.5. The mask is taken over
-    the batch that this call sees: with micro-batches, over each by itself. Unmasked ratios of e^80 and more are dropped.
+    keep their gradient r A grad logp. AReaL takes the mean over all tokens (trust_region_only=False); the authors' code makes
+    clip bounds of the same threshold, no tighter than 0.7 and 1.5. The mask is taken over the batch that this call sees: with
+    micro-batches, over each by itself. Unmasked ratios of e^80 and more are dropped.
 
     Args:
         stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
