@@ -59,6 +59,13 @@ def call(name: str, b: Batch, rows: slice, advantages: torch.Tensor, mode: str, 
     )
 
 
+def in_a_process(code: str, first_on_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(first_on_path), str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
 def test_signatures_are_verls() -> None:
     """Every parameter that verl's own losses and estimators have, by name, order and default."""
     ours = inspect.signature(core_algos.POLICY_LOSS_REGISTRY["vcpo"])
@@ -167,6 +174,42 @@ def test_optimizer_from_verls_config_steps_by_ess() -> None:
     assert not _ess_channel.attached()
 
 
+def test_through_verls_own_ppo_loss() -> None:
+    """The function its workers call: padded fields of the batch, log-probabilities end to end, entropy taken off in place."""
+    losses = pytest.importorskip("verl.workers.utils.losses", reason="verl's workers have further dependencies")
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+
+    b = batch()
+    out, gradient = vcpo(b, vk.VCPOConfig(aggregation="token-mean"))
+    fields = {"prompts": torch.ones(8, 2, dtype=torch.int64), "responses": b.ids, "response_mask": b.mask.long()}
+    fields |= {"attention_mask": torch.ones(8, 9, dtype=torch.int64), "old_log_probs": b.mu.nan_to_num()}
+    data = TensorDict(fields | {"advantages": token_advantages(b, out).nan_to_num()}, batch_size=8)
+    counts = {"dp_size": 1, "batch_num_tokens": int(b.mask.sum()), "global_batch_size": 7}
+    tensordict_utils.assign_non_tensor(data, **counts)
+    weight = torch.nn.Parameter(b.logits.detach().clone())
+    log_p = weight.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    logp = Batch(weight, b.ids, b.mask, b.mu, b.rewards, b.group).logp()
+    # Entry j of a sequence is about token j + 1: one prompt token before the response's entries, one entry to spare after them.
+    outputs = {k: torch.nn.functional.pad(v, (1, 1)).flatten() for k, v in (("log_probs", logp), ("entropy", entropy))}
+    config = FSDPActorConfig(
+        rollout_n=4, ppo_micro_batch_size_per_gpu=8, entropy_coeff=0.3, policy_loss=PolicyLossConfig(loss_mode="vcpo")
+    )
+    optimizer = plugin.EssAdamW([weight], lr=1.0, weight_decay=0.0)
+    loss, metrics = losses.ppo_loss(config, outputs, data)
+    loss.backward()
+    log_p = weight.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    bonus = torch.autograd.grad(torch.where(b.mask, entropy, 0.0).sum() / b.mask.sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, gradient - 0.3 * bonus, rtol=1e-6, atol=1e-9)
+    assert metrics["actor/vcpo_ess_ratio"].aggregate() == pytest.approx(out.ess_ratio.item())
+    optimizer.step()
+    assert optimizer.ess_rate.ratio is not None
+    assert optimizer.ess_rate.ratio.item() == pytest.approx(out.ess_ratio.item())
+
+
 def test_verl_loads_the_plugin_by_its_entry_point(tmp_path: Path) -> None:
     """`import verl` alone registers everything: verl loads what the group names and calls nothing."""
     info = tmp_path / "some_plugin-1.dist-info"
@@ -179,12 +222,20 @@ def test_verl_loads_the_plugin_by_its_entry_point(tmp_path: Path) -> None:
         "print(get_policy_loss_fn('vcpo').__name__, get_policy_loss_fn('vcpo_decoupled').__name__,"
         " get_adv_estimator_fn('opob').__name__)"
     )
-    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = in_a_process(code, tmp_path)
     assert done.stdout.split() == ["vcpo", "vcpo_decoupled", "opob"], done.stderr
+
+
+@pytest.mark.slow
+def test_external_module_hands_over_log_probs(tmp_path: Path) -> None:
+    """VERL_USE_EXTERNAL_MODULES is imported in the midst of `import verl`, and finds the trainer's module importable."""
+    pytest.importorskip("verl.trainer.ppo.ray_trainer", reason="verl's trainer has further dependencies")
+    (tmp_path / "my_verl_setup.py").write_text(
+        "from vcpo_kernels.integrations.verl import hand_over_log_probs\nhand_over_log_probs()\n"
+    )
+    code = "import verl.trainer.ppo.ray_trainer as trainer; print(trainer.compute_advantage.hands_over_log_probs)"
+    done = in_a_process(code, tmp_path, VERL_USE_EXTERNAL_MODULES="my_verl_setup")
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 def test_estimators_through_verls_compute_advantage(monkeypatch: pytest.MonkeyPatch) -> None:
