@@ -104,7 +104,7 @@ class Printer(transformers.TrainerCallback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output-dir", default="trl_smollm2")
     arguments = parser.parse_args()
     train(*load_model(), arguments.steps, arguments.output_dir)

@@ -18,7 +18,7 @@ CASES: dict[str, dict[str, Any]] = {
     "logit": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     "exact, KL, entropy": {
         "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "score_norm": "exact", "beta": 0.2,
-        "entropy_coef": 0.1,
+        "entropy_coef": 0.1, "activation_checkpointing": True,
     },
     "stale halves": {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 4},
     "a group over two ranks": {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2},

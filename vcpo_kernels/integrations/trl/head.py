@@ -60,15 +60,30 @@ def attach_head(model: nn.Module, temperature: float, fp32: bool = False) -> Non
                 "fused_lm_head=True scores labels, and there are none. Pass labels, -100 where not to score."
             )
         kwargs["use_cache"] = False
-        with vk.patch_head(model):
-            out = model.forward(*args, **kwargs)
+        out = _hidden_states(model, before, args, kwargs)
         off = torch.autocast(out.hidden.device.type, enabled=False) if fp32 else contextlib.nullcontext()
         with off:
             if fp32:
                 out = dataclasses.replace(out, hidden=out.hidden.float())
             return _answer(out, labels, coefficients, entropy_coefficients, temperature)
 
-    model.forward = forward
+    model.__dict__["forward"] = forward
+
+
+def _hidden_states(model: nn.Module, forward: Any, args: Any, kwargs: Any) -> vk.HeadOutput:
+    """What the model's forward, as it was before `attach_head`, hands to its head.
+
+    Its outer wrappers are around this call already. Accelerate's is one autocast object, which entered twice would leave
+    autocast on for good.
+    """
+    outer = model.__dict__["forward"]
+    model.__dict__["forward"] = forward
+    try:
+        with vk.patch_head(model):
+            out: vk.HeadOutput = model.forward(*args, **kwargs)
+        return out
+    finally:
+        model.__dict__["forward"] = outer
 
 
 def _answer(

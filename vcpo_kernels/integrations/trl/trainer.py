@@ -168,8 +168,7 @@ class VCPOTrainer(GRPOTrainer):
     def _with_coefficients(self, batches: list[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
         """The micro-batches of a window, each with the coefficients of its tokens; metrics logged, ESS observed."""
         config = self._window_config
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            passes = [self._statistics(batch) for batch in batches]
+        passes = [self._statistics(batch) for batch in batches]
         columns = torch.cat([
             sequence_columns(stats, norms, batch["vcpo_rewards"], batch["vcpo_groups"], config)
             for (stats, norms), batch in zip(passes, batches, strict=True)
@@ -200,7 +199,8 @@ class VCPOTrainer(GRPOTrainer):
         if self.args.score_norm == "exact":
             out, norms = self._exact_norms(model, batch, mask)
         else:
-            with self.compute_loss_context_manager():
+            checkpointing = self.args.gradient_checkpointing_kwargs  # without a gradient there is nothing to recompute
+            with self.compute_loss_context_manager(), disable_gradient_checkpointing(self.model, checkpointing):
                 out = model(**self._model_inputs(batch))
             norms = vk.Segments.padded(mask).sum(out.score_sqnorm[:, -tokens:])
         logp, entropy = out.log_probs[:, -tokens:].detach(), out.entropy[:, -tokens:].detach()

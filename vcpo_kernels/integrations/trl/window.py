@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from vcpo_kernels.vcpo_coefficients import METRICS, SequenceResults, aggregation_scale, usable_below, vcpo_coefficients
+from vcpo_kernels.vcpo_coefficients import (
+    METRICS,
+    UNTRUNCATED_LIMIT,
+    SequenceResults,
+    aggregation_scale,
+    usable_below,
+    vcpo_coefficients,
+)
 from vcpo_kernels.weights import EffectiveSampleSize
 
 # What is known of a sequence, in this order: L_i, n_i, R_i, the id of its group, |T_i|, and sums over its tokens of the
@@ -56,7 +63,7 @@ class WindowConfig:
 
     @property
     def _ratio_limit(self) -> float:
-        return math.inf if self.max_weight is None else math.log(self.max_weight)
+        return UNTRUNCATED_LIMIT if self.max_weight is None else math.log(self.max_weight)
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,7 @@ def _kl(stats: TokenStatistics, config: WindowConfig) -> tuple[Tensor, Tensor]:
     reverse KL.
     """
     assert stats.reference_logp is not None
-    d = stats.reference_logp - stats.logp
+    d = (stats.reference_logp - stats.logp).clamp(max=UNTRUNCATED_LIMIT)  # e^d stays in fp32's range
     k3 = torch.expm1(d) - d
     if not config.kl_correction:
         return k3, -torch.expm1(d)
