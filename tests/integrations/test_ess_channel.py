@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
+from tests.integrations.two_ranks import ATTACHED, announce, results
 from vcpo_kernels.integrations import _ess_channel
-from vcpo_kernels.integrations._given_advantages import weighted_advantages
 
 QUARTER = torch.tensor([0.0, -1e4, -1e4, -1e4])  # ESS 1 of 4: the factor of the rate is 1/2
 ALL = torch.zeros(4)
@@ -24,18 +24,6 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _ess_channel.stop_expecting()
     for rate in _ess_channel.attached():
         _ess_channel.detach(rate)
-
-
-def announced(weight: Tensor, log_weights: Tensor) -> Tensor:
-    """A loss of one-token sequences with the given L_i, announced to the channel."""
-    logp = weight + torch.zeros(log_weights.numel(), 1)
-    mu = logp.detach() - log_weights[:, None]
-    result = weighted_advantages(
-        "test", logp, mu, torch.ones_like(logp), vk.Segments.padded(torch.ones_like(logp)), 8.0
-    )
-    loss = result.surrogate(logp).sum()
-    _ess_channel.publish("test", result, loss, "Attach one.")
-    return loss
 
 
 def step(optimizer: torch.optim.Optimizer, weight: Tensor) -> float:
@@ -54,15 +42,15 @@ def new() -> tuple[Tensor, torch.optim.Optimizer]:
 def test_attached_rate_hears_every_loss_once() -> None:
     weight, optimizer = new()
     rate = _ess_channel.attach(optimizer)
-    announced(weight, ALL).backward()
-    announced(weight, QUARTER).backward()
+    announce(weight, ALL).backward()
+    announce(weight, QUARTER).backward()
     expected = vk.effective_sample_size(torch.cat([ALL, QUARTER])).ratio.sqrt()
     assert step(optimizer, weight) == pytest.approx(expected.item())
-    announced(weight, QUARTER).backward()
+    announce(weight, QUARTER).backward()
     assert step(optimizer, weight) == pytest.approx(0.5)
     with torch.no_grad():
-        announced(weight, QUARTER)  # an evaluation is no part of a step
-    announced(weight, ALL).backward()
+        announce(weight, QUARTER)  # an evaluation is no part of a step
+    announce(weight, ALL).backward()
     assert step(optimizer, weight) == pytest.approx(1.0)
     assert rate.ratio == 1
 
@@ -71,20 +59,20 @@ def test_skipped_step_leaves_nothing() -> None:
     """verl drops a step of non-finite gradients by zero_grad alone."""
     weight, optimizer = new()
     _ess_channel.attach(optimizer)
-    loss = announced(weight, QUARTER)
+    loss = announce(weight, QUARTER)
     loss -= 0.1 * weight.sum()  # verl subtracts the entropy in place, on the very tensor that is watched
     loss.backward()
     optimizer.zero_grad()
-    announced(weight, ALL).backward()
+    announce(weight, ALL).backward()
     assert step(optimizer, weight) == pytest.approx(1.0)
 
 
 def test_next_optimizer_is_scaled_from_its_first_step() -> None:
     weight, optimizer = new()
     _ess_channel.attach_to_next_optimizer(rule="linear")
-    announced(weight, QUARTER).backward()
+    announce(weight, QUARTER).backward()
     assert step(optimizer, weight) == pytest.approx(0.25)
-    announced(weight, ALL).backward()
+    announce(weight, ALL).backward()
     assert step(optimizer, weight) == pytest.approx(1.0)
     assert optimizer.param_groups[0]["lr"] == 1.0
     other_weight, other = new()
@@ -104,7 +92,18 @@ def test_called_off() -> None:
 def test_unattached_loss_says_so_once() -> None:
     weight, _ = new()
     with pytest.warns(UserWarning, match="test: no optimizer is attached, so steps are not scaled by ESS. Attach one"):
-        announced(weight, QUARTER)
+        announce(weight, QUARTER)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        announced(weight, QUARTER)
+        announce(weight, QUARTER)
+
+
+def test_ranks_share_one_ess() -> None:
+    """verl's optimizer and a rate attached at the first step take the ESS of the union; a rank without losses takes part."""
+    pytest.importorskip("transformers", reason="the two ranks run the example loops too: pip install transformers")
+    pytest.importorskip("accelerate", reason="the two ranks run the example loops too: pip install accelerate")
+    first, second = (rank["attached"] for rank in results())
+    assert first == second
+    for case, per_rank in ATTACHED.items():
+        union = vk.effective_sample_size(torch.tensor(per_rank[0] + per_rank[1])).ratio.item()
+        assert first[case] == pytest.approx([union, union]), case

@@ -81,3 +81,20 @@ def test_advantages_that_are_not_finite_are_refused() -> None:
         weighted_advantages("test", b.logp(), b.mu, advantages, b.segments, 8.0)
     with pytest.raises(ValueError, match=r"test: max_weight must be finite and > 0, got -1"):
         weighted_advantages("test", b.logp(), b.mu, torch.ones(8, 7), b.segments, -1)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_fp32_and_bf16(backend: str) -> None:
+    """fp32 log-probabilities stay fp32 for the backends' sake, sums excepted; bf16 ones count as the fp32 that they are."""
+    b = batch()
+    out, gradient = vcpo(b, SUM)
+    logp = b.logp().float()
+    with vk.use_backend(backend):
+        result = weighted_advantages("test", logp, b.mu.float(), token_advantages(b, out), b.segments, 8.0)
+    got = torch.autograd.grad(result.surrogate(logp).sum(), b.logits)[0]
+    torch.testing.assert_close(got, gradient, rtol=1e-5, atol=1e-6)
+    assert result.coefficients.dtype == result.log_weights.dtype == torch.float32
+    half = b.logp().bfloat16()
+    rounded = weighted_advantages("test", half, b.mu, token_advantages(b, out), b.segments, 8.0)
+    exact = weighted_advantages("test", half.float(), b.mu, token_advantages(b, out), b.segments, 8.0)
+    assert torch.equal(rounded.coefficients, exact.coefficients)

@@ -7,8 +7,10 @@ Loss"), and `step_loss` aggregates as that page says: summed over sequences, div
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,3 +136,12 @@ def test_inputs_of_another_module_are_refused() -> None:
     fields = {"trainer_logprobs": b.logp()[0], "inference_logprobs": b.mu[0], "loss_mask": b.mask[0]}
     with pytest.raises(TypeError, match="LossInputs, whose module has LossOutputs too"):
         prime_rl.vcpo_loss(SimpleNamespace(**fields, advantages=torch.ones(7)))
+
+
+def test_the_pages_module_attaches() -> None:
+    """docs/prime_rl.md's module, imported as prime-rl imports it: its loss is there, and an optimizer is expected."""
+    (module,) = re.findall(r"```python\n(.*?)```", Path("docs/prime_rl.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(module, names)
+    assert names["vcpo_loss"] is prime_rl.vcpo_loss
+    assert _ess_channel._PROCESS.expecting is not None

@@ -7,8 +7,10 @@ its documentation (customization.md) and its loss: lists by sample, logits of se
 from __future__ import annotations
 
 import importlib
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,3 +237,17 @@ def test_hook_forgets_a_skipped_step() -> None:
 def test_hook_without_a_torch_optimizer_is_refused() -> None:
     with pytest.raises(TypeError, match=r"found no torch\.optim.Optimizer inside Megatron"):
         hook(Megatron(None))
+
+
+def test_the_pages_paths_and_keys_are_ours() -> None:
+    """Every import path of docs/slime.md resolves as slime resolves it, and every key of its YAML is one that is read."""
+    text = Path("docs/slime.md").read_text()
+    paths = re.findall(r"-path (vcpo_kernels[.\w]+)", text)
+    assert len(paths) == 2
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), name))
+    source = Path(slime.__file__).read_text()
+    keys = re.findall(r"^(vcpo_\w+):", text, re.MULTILINE)
+    assert len(keys) == 3
+    assert all(f'"{key}"' in source for key in keys)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,6 +173,24 @@ def test_optimizer_from_verls_config_steps_by_ess() -> None:
     assert metrics["actor/vcpo_last_step_lr_scale"] == pytest.approx(out.ess_ratio.item())
     optimizer.detach()
     assert not _ess_channel.attached()
+
+
+def test_the_pages_settings_are_verls() -> None:
+    """Each key of docs/verl.md's two blocks is in verl's configuration, and each name of ours among them is registered."""
+    import verl
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(Path(verl.__file__).parent / "trainer/config/_generated_ppo_trainer.yaml")
+    lines = re.findall(r"^([a-z][\w.]+)=(\S+)$", Path("docs/verl.md").read_text(), re.MULTILINE)
+    assert len(lines) == 15
+    missing = object()
+    for key, value in lines:
+        section, _, name = key.rpartition(".")
+        assert name in OmegaConf.select(config, section, default=missing), key
+        if name == "loss_mode":
+            assert core_algos.get_policy_loss_fn(value)
+        if name == "adv_estimator":
+            assert core_algos.get_adv_estimator_fn(value)
 
 
 def test_through_verls_own_ppo_loss() -> None:

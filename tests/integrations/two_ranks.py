@@ -1,4 +1,6 @@
-"""Two gloo ranks that run every loop of examples/loops once, for the tests of all three (starting them is what takes time)."""
+"""Two gloo ranks that run every loop of examples/loops once, and the attached rates, for several files of tests: starting the
+ranks is what takes time.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,15 @@ from typing import Any
 
 import torch
 
-LOOPS = ("ddp", "accelerate", "trainer")
+import vcpo_kernels as vk
+
+# L_i of each rank's sequences; the second rank of "one observes nothing" has none, and must not be waited for.
+ATTACHED = {"both observe": [[0.0, -1e4, -1e4], [0.0, 1.0]], "one observes nothing": [[0.0, -1e4, -1e4, -1e4], []]}
 
 
 @functools.cache
 def results() -> list[dict[str, Any]]:
-    """Per rank and loop: "model" (state dict), "history" (ESS / B of each step)."""
+    """Per rank and loop: "model" (state dict), "history" (ESS / B of each step); and "attached" (see `_attached`)."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -34,7 +39,7 @@ def _rank(rank: int, folder: str, port: int) -> None:
 
     from examples.loops import accelerate_loop, ddp_loop, hugging_face_trainer
 
-    saved: dict[str, Any] = {}
+    saved: dict[str, Any] = {"attached": _attached(rank)}
     model, history = ddp_loop.train()
     saved["ddp"] = {"model": model.state_dict(), "history": [step["ess_ratio"] for step in history]}
     model, ratios = accelerate_loop.train(processes=2, cpu=True)
@@ -46,6 +51,45 @@ def _rank(rank: int, folder: str, port: int) -> None:
     saved["trainer"] = {"model": trainer.accelerator.unwrap_model(trainer.model).state_dict(), "history": history}
     torch.save(saved, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _attached(rank: int) -> dict[str, list[float]]:
+    """For each case of ATTACHED, ESS / B by a rate attached at once (verl's optimizer), and by one at its first step."""
+    from vcpo_kernels.integrations import _ess_channel
+    from vcpo_kernels.integrations.verl import EssAdamW
+
+    seen: dict[str, list[float]] = {}
+    for case, per_rank in ATTACHED.items():
+        log_weights = torch.tensor(per_rank[rank])
+        seen[case] = []
+        for later in (False, True):
+            weight = torch.nn.Parameter(torch.zeros(1))
+            if later:
+                _ess_channel.attach_to_next_optimizer()
+            optimizer = torch.optim.AdamW([weight]) if later else EssAdamW([weight])
+            if len(log_weights):
+                announce(weight, log_weights).backward()
+            weight.grad = torch.ones(1)
+            optimizer.step()
+            (rate,) = _ess_channel.attached()
+            assert rate.ratio is not None
+            seen[case].append(rate.ratio.item())
+            _ess_channel.detach(rate)
+    return seen
+
+
+def announce(weight: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
+    """A loss of one-token sequences with the given L_i, announced to whatever is attached."""
+    from vcpo_kernels.integrations import _ess_channel
+    from vcpo_kernels.integrations._given_advantages import weighted_advantages
+
+    logp = weight + torch.zeros(log_weights.numel(), 1)
+    mu = logp.detach() - log_weights[:, None]
+    segments = vk.Segments.padded(torch.ones_like(logp))
+    result = weighted_advantages("test", logp, mu, torch.ones_like(logp), segments, 8.0)
+    loss = result.surrogate(logp).sum()
+    _ess_channel.publish("test", result, loss, "Attach one.")
+    return loss
 
 
 def same(loop: str, model: torch.nn.Module, history: list[float]) -> None:

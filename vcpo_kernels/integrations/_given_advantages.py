@@ -67,17 +67,18 @@ def weighted_advantages(
     """
     check_segments(where, segments)
     max_weight = _checks.positive_float(where, "max_weight", max_weight, optional=True)
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     wide = []
     for name, value in (("logp", logp), ("behavior_logp", behavior_logp), ("advantages", advantages)):
         _checks.tensor(where, name, value, _checks.FLOAT_DTYPES)
         segments.flat(where, name, value)
-        wide.append(value.detach().double().reshape(logp.shape))
+        wide.append(value.detach().to(dtype).reshape(logp.shape))
     theta, mu, given = wide
     valid = segments.lengths > 0
-    log_weights = segments.sum(theta - mu)
+    log_weights = segments.sum(theta - mu).double()  # summed in float64 whatever the dtype of the tokens
     if extra_log_weights is not None:
         log_weights = log_weights + torch.where(valid, extra_log_weights.detach().double(), 0.0)
-    finite = segments.sum((~given.isfinite()).double()) == 0
+    finite = segments.sum((~given.isfinite()).to(dtype)) == 0
     if _checks.readable(given) and not bool(finite.all()):
         raise ValueError(
             f"{where}: advantages must be finite at the tokens that count, got {int((~finite).sum())} sequences with NaN "
@@ -87,7 +88,7 @@ def weighted_advantages(
     cap = math.inf if max_weight is None else math.log(max_weight)
     truncated = torch.where(ok, torch.exp(log_weights.clamp(max=cap)), 0.0)
     # Masked-out advantages and dropped sequences must not turn into 0 * inf.
-    spread = segments.spread(truncated, like=theta)
+    spread = segments.spread(truncated.to(dtype), like=theta)
     coefficients = torch.where(spread != 0, given, 0.0) * spread
     used = torch.where(ok, log_weights, -math.inf)
     moments = ess_moments(torch.where(finite, log_weights, math.nan), valid)
@@ -100,9 +101,8 @@ def weighted_advantages(
         "log_weight_mean": torch.where(ok, log_weights, 0.0).sum() / count.clamp(min=1),
         "log_weight_max": torch.where(count > 0, torch.cat([used, used.new_full((1,), -math.inf)]).max(), 0.0),
     }
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     return WeightedAdvantages(
-        coefficients.to(dtype),
+        coefficients,
         log_weights.to(dtype),
         moments,
         {name: value.to(dtype) for name, value in metrics.items()},

@@ -174,13 +174,12 @@ def _rollout_log_weights(
     mask = response_mask.bool()
     weights = torch.where(mask, rollout_is_weights.detach().double(), 0.0)
     mean = segments.mean(weights)
-    if _checks.readable(weights):
-        spread = torch.where(mask, (weights - mean[:, None]).abs(), 0.0).amax(-1) if weights.shape[-1] else mean * 0
-        if bool((spread > 1e-4 * mean).any()):
-            raise ValueError(
-                f"{WHERE}: rollout_is_weights differ between the tokens of a sequence, as rollout_is=token makes them; VCPO's "
-                "weight is the sequence's. Set algorithm.rollout_correction.rollout_is=sequence."
-            )
+    # Read on a GPU too: verl's losses synchronise for their metrics anyway, and a mean of token ratios is no sequence ratio.
+    if bool((torch.where(mask, (weights - mean[:, None]).abs(), 0.0) > 1e-4 * mean[:, None]).any()):
+        raise ValueError(
+            f"{WHERE}: rollout_is_weights differ between the tokens of a sequence, as rollout_is=token makes them; VCPO's "
+            "weight is the sequence's. Set algorithm.rollout_correction.rollout_is=sequence."
+        )
     return mean.log()
 
 
