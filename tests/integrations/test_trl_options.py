@@ -117,6 +117,13 @@ def test_exact_norms_of_a_model_that_has_none_are_refused_when_the_trainer_is_ma
         setup.trainer(tmp_path, base=base, score_norm="exact")
 
 
+def test_too_few_prompts_for_one_step_are_refused(tmp_path: Path) -> None:
+    """TRL trains no step, and warns."""
+    trainer = setup.trainer(tmp_path, per_device_train_batch_size=20)
+    with pytest.raises(ValueError, match=r"train_dataset has 8 prompts, and one generation takes 10.*Add prompts"):
+        trainer.train()
+
+
 def test_active_dropout_is_warned_of(tmp_path: Path) -> None:
     base = setup.model()
     base.model.layers[0].add_module("dropout", torch.nn.Dropout(0.1))

@@ -10,6 +10,7 @@ in the same pass (`head.py`).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -135,6 +136,18 @@ class VCPOTrainer(GRPOTrainer):
         self._rows_seen += total
         self._groups_seen += -(-total // generations)
         return output
+
+    def get_train_dataloader(self) -> Any:
+        """TRL's, but for a dataset too small to fill one generation, which it would train for no step at all."""
+        wanted = self.args.generation_batch_size // self.num_generations
+        found = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else wanted
+        if found < wanted:
+            raise ValueError(
+                f"VCPOTrainer: train_dataset has {found} prompts, and one generation takes {wanted} (generation_batch_size="
+                f"{self.args.generation_batch_size} / num_generations={self.num_generations}): no step would be trained. "
+                "Add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps."
+            )
+        return super().get_train_dataloader()
 
     # --- the window ----------------------------------------------------------------------------------------------------
 
