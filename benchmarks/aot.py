@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -32,6 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.machine_code import REGISTER_SLACK, Resources, registers_and_shared, run_tool, spills, widest
 from vcpo_kernels.backends.triton import (
     group_advantages,
     outer_sqnorm,
@@ -53,7 +52,6 @@ from vcpo_kernels.backends.triton.launch import (
 
 TABLE = Path(__file__).parent / "results" / "aot_triton.json"
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
-REGISTER_SLACK = 1.10
 ROW_TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -72,17 +70,6 @@ class Kernel:
     num_warps: int
     load_bits: int = 0
     store_bits: int = 0
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the compiler made of a kernel. spills: local-memory instructions; *_bits: widest global access."""
-
-    registers: int
-    spills: int
-    shared_bytes: int
-    load_bits: int
-    store_bits: int
 
 
 def row_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:
@@ -233,32 +220,19 @@ def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> tuple[bytes, 
 
 
 def resources(cubin: bytes, dynamic_shared: int) -> Resources:
-    """Read off the machine code, by the tools that triton brings."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    """Read off the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        sass = _output(tools / "nvdisasm", "-c", "-ndf", file.name)  # ndf: no dataflow analysis, half the time
-    registers, static_shared = (int(re.findall(rf"\b{what}:(\d+)", usage)[0]) for what in ("REG", "SHARED"))
+        registers, static_shared = registers_and_shared(run_tool("cuobjdump", "--dump-resource-usage", file.name))
+        sass = run_tool("nvdisasm", "-c", "-ndf", file.name)  # ndf: no dataflow analysis, half the time
     return Resources(
         registers=registers,
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        spills=spills(sass),
         shared_bytes=static_shared + dynamic_shared,
-        load_bits=_widest(sass, "LDG"),
-        store_bits=_widest(sass, "STG"),
+        load_bits=widest(sass, "LDG"),
+        store_bits=widest(sass, "STG"),
     )
-
-
-def _output(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _widest(sass: str, instruction: str) -> int:
-    """Bits of the widest access; one without a width in its name moves 32."""
-    suffixes = re.findall(rf"\b{instruction}((?:\.\w+)*)", sass)
-    bits = (re.search(r"\.(?:[US])?(8|16|64|128|256)\b", s) for s in suffixes)
-    return max((int(b[1]) if b else 32 for b in bits), default=0)
 
 
 def measure() -> dict[str, Any]:

@@ -11,6 +11,9 @@
 #include "cpu/isa.h"
 #include "cpu/score_rows.h"
 #include "cpu/token_stats.h"
+#if defined(VCPO_HAS_CUDA)
+#include "cuda/row_ops.h"
+#endif
 
 namespace py = pybind11;
 
@@ -52,6 +55,52 @@ std::vector<std::string> isa_available() {
   return names;
 }
 
+#if defined(VCPO_HAS_CUDA)
+// The same ops on addresses of device memory, with a device and a stream in place of threads. Launches; does not wait.
+void bind_cuda(py::module_& m) {
+  m.def(
+      "cuda_token_stats_forward",
+      [](const RowsArgument& rows, const TokensArgument& tokens, float temperature, float softcap, std::uintptr_t logp,
+         std::uintptr_t entropy, std::uintptr_t score_sqnorm, std::uintptr_t lse, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release release;
+        vcpo::cuda::token_stats_forward(rows, tokens, {temperature, softcap}, pointer<float>(logp),
+                                        pointer<float>(entropy), pointer<float>(score_sqnorm), pointer<float>(lse),
+                                        {device, pointer<void>(stream)});
+      },
+      py::arg("rows"), py::arg("tokens"), py::arg("temperature"), py::arg("softcap"), py::arg("logp"),
+      py::arg("entropy"), py::arg("score_sqnorm"), py::arg("lse"), py::arg("device"), py::arg("stream"));
+
+  m.def(
+      "cuda_token_stats_backward",
+      [](const OutputArgument& out, const RowsArgument& rows, const TokensArgument& tokens, float temperature,
+         float softcap, std::uintptr_t logp, std::uintptr_t entropy, std::uintptr_t lse, std::uintptr_t grad_logp,
+         std::uintptr_t grad_entropy, std::uintptr_t target_logits, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release release;
+        vcpo::cuda::token_stats_backward(out, rows, tokens, {temperature, softcap}, pointer<const float>(logp),
+                                         pointer<const float>(entropy), pointer<const float>(lse),
+                                         pointer<const float>(grad_logp), pointer<const float>(grad_entropy),
+                                         pointer<const float>(target_logits), {device, pointer<void>(stream)});
+      },
+      py::arg("out"), py::arg("rows"), py::arg("tokens"), py::arg("temperature"), py::arg("softcap"), py::arg("logp"),
+      py::arg("entropy"), py::arg("lse"), py::arg("grad_logp"), py::arg("grad_entropy"), py::arg("target_logits"),
+      py::arg("device"), py::arg("stream"));
+
+  m.def(
+      "cuda_score_rows",
+      [](const OutputArgument& out, const RowsArgument& rows, const TokensArgument& tokens, float temperature,
+         float softcap, std::uintptr_t coefficients, std::uintptr_t logp, std::uintptr_t entropy,
+         std::uintptr_t score_sqnorm, std::uintptr_t lse, int device, std::uintptr_t stream) {
+        const py::gil_scoped_release release;
+        vcpo::cuda::score_rows(out, rows, tokens, {temperature, softcap}, pointer<const float>(coefficients),
+                               pointer<float>(logp), pointer<float>(entropy), pointer<float>(score_sqnorm),
+                               pointer<float>(lse), {device, pointer<void>(stream)});
+      },
+      py::arg("out"), py::arg("rows"), py::arg("tokens"), py::arg("temperature"), py::arg("softcap"),
+      py::arg("coefficients"), py::arg("logp"), py::arg("entropy"), py::arg("score_sqnorm"), py::arg("lse"),
+      py::arg("device"), py::arg("stream"));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -63,6 +112,12 @@ PYBIND11_MODULE(_native, m) {
   m.attr("openmp") = true;
 #else
   m.attr("openmp") = false;
+#endif
+
+#if defined(VCPO_HAS_CUDA)
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
 #endif
 
   py::class_<RowsArgument>(m, "Rows").def(
@@ -120,4 +175,8 @@ PYBIND11_MODULE(_native, m) {
       "prepare_if_fresh",
       [](std::uintptr_t data, std::size_t bytes) { return vcpo::prepare_if_fresh(pointer<void>(data), bytes); },
       py::arg("data"), py::arg("bytes"), "Asks for huge pages where the buffer has no memory behind it yet.");
+
+#if defined(VCPO_HAS_CUDA)
+  bind_cuda(m);
+#endif
 }

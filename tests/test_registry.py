@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vcpo_kernels as vk
-from vcpo_kernels.backends import registry
+from vcpo_kernels.backends import measured, registry
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -152,9 +152,9 @@ def test_forward_and_backward_use_the_backend_in_force_when_they_run(monkeypatch
     seen = []
     real = registry.select
 
-    def spy(op: str, device: torch.device, dtype: torch.dtype) -> object:
+    def spy(op: str, *rest: object) -> object:
         seen.append((op, tuple(registry._forced)))
-        return real(op, device, dtype)
+        return real(op, *rest)
 
     monkeypatch.setattr(registry, "select", spy)
     logits = torch.zeros(2, 4, dtype=torch.float64, requires_grad=True)
@@ -162,3 +162,60 @@ def test_forward_and_backward_use_the_backend_in_force_when_they_run(monkeypatch
         stats = vk.token_stats(logits, torch.tensor([0, 1]))
     stats.logp.sum().backward()
     assert [forced for op, forced in seen if op == "token_stats"] == [("reference",), ()]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """As on a machine with a GPU, as far as choosing goes: every probe content; the capability is the list's last."""
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(registry.BACKENDS, name, dataclasses.replace(registry.BACKENDS[name], probe=lambda: None))
+    monkeypatch.setattr(registry, "_load", lambda name, op: f"{name}.{op}")
+    capability = [(9, 0)]
+    monkeypatch.setattr(registry, "capability", lambda device: capability[-1])
+    return capability
+
+
+def test_cuda_serves_only_what_it_was_measured_to_win(
+    hopper: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton everywhere else: other widths, dtypes, ops and architectures, and where the width is not known."""
+    wins = {(9, 0): (measured.Win("score_rows", "bfloat16", 100_000, 160_000),)}
+    monkeypatch.setattr(measured, "MEASURED", wins)
+    bf16 = torch.bfloat16
+    assert registry.select("score_rows", CUDA, bf16, 151_936) == "cuda.score_rows"
+    for op, dtype, vocabulary in (
+        ("score_rows", bf16, 32_000),
+        ("score_rows", bf16, 0),
+        ("score_rows", torch.float32, 151_936),
+        ("token_stats", bf16, 151_936),
+    ):
+        assert registry.select(op, CUDA, dtype, vocabulary) == f"triton.{op}"
+    with vk.use_backend("triton"):
+        assert registry.select("score_rows", CUDA, bf16, 151_936) == "triton.score_rows"
+    hopper.append((8, 0))
+    assert registry.select("score_rows", CUDA, bf16, 151_936) == "triton.score_rows"
+
+
+@pytest.mark.usefixtures("hopper")
+def test_cuda_stands_in_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU without triton the compiled kernels serve, not the reference."""
+    missing = dataclasses.replace(registry.BACKENDS["triton"], probe=lambda: "triton does not import")
+    monkeypatch.setitem(registry.BACKENDS, "triton", missing)
+    assert registry.select("token_stats", CUDA, torch.bfloat16, 32_000) == "cuda.token_stats"
+    assert registry.select("segment_sum", CUDA, torch.float32) == "reference.segment_sum"
+
+
+def test_a_gpu_that_is_too_old_is_named_with_what_it_needs(hopper: list[tuple[int, int]]) -> None:
+    """A kernel without code for the device fails at launch, with an error that names no cure."""
+    hopper.append((7, 5))
+    (reason,) = registry.objections("cuda", "token_stats", CUDA, torch.float32)
+    assert reason == "needs compute capability 8.0 or later, cuda has 7.5"
+
+
+def test_every_measured_win_names_an_op_that_cuda_has() -> None:
+    """A misspelt entry would be a win that never serves."""
+    for wins in measured.MEASURED.values():
+        for win in wins:
+            assert win.op in registry.BACKENDS["cuda"].ops
+            assert hasattr(torch, win.dtype)
+            assert 0 < win.min_vocabulary <= win.max_vocabulary

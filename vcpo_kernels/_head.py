@@ -250,7 +250,7 @@ def gradients(
 
 def row_statistics(head: Head, logits: Tensor, rows: slice, into: list[Tensor]) -> None:
     """token_stats of logits [n, V], the head's `rows`, put at `rows` of logp, entropy, score_sqnorm, lse [M]."""
-    backend = registry.select("token_stats", logits.device, logits.dtype)
+    backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])
     mask = None if head.mask is None else head.mask[None, rows]
     outputs = backend.forward(logits[None], head.token_ids[None, rows], mask, **head.settings)
     for whole, part in zip(into, outputs, strict=True):
@@ -259,7 +259,7 @@ def row_statistics(head: Head, logits: Tensor, rows: slice, into: list[Tensor]) 
 
 def row_scores_(head: Head, logits: Tensor, rows: slice, coefficients: Tensor | None, into: list[Tensor]) -> None:
     """As row_statistics, and logits become c d logp / d logits in the same pass."""
-    backend = registry.select("score_rows", logits.device, logits.dtype)
+    backend = registry.select("score_rows", logits.device, logits.dtype, logits.shape[-1])
     mask = None if head.mask is None else head.mask[None, rows]
     c = None if coefficients is None else coefficients[None, rows]
     outputs = backend.forward(logits[None], logits[None], head.token_ids[None, rows], mask, c, **head.settings)

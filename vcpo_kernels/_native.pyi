@@ -1,4 +1,5 @@
 openmp: bool
+cuda: bool
 
 def isa_available() -> list[str]: ...
 def isa_chosen() -> str: ...
@@ -61,3 +62,46 @@ def score_rows(
     threads: int,
 ) -> None: ...
 def prepare_if_fresh(data: int, bytes: int) -> bool: ...
+
+# Only where `cuda` is true.
+def cuda_token_stats_forward(
+    rows: Rows,
+    tokens: Tokens,
+    temperature: float,
+    softcap: float,
+    logp: int,
+    entropy: int,
+    score_sqnorm: int,
+    lse: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_token_stats_backward(
+    out: Output,
+    rows: Rows,
+    tokens: Tokens,
+    temperature: float,
+    softcap: float,
+    logp: int,
+    entropy: int,
+    lse: int,
+    grad_logp: int,
+    grad_entropy: int,
+    target_logits: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_score_rows(
+    out: Output,
+    rows: Rows,
+    tokens: Tokens,
+    temperature: float,
+    softcap: float,
+    coefficients: int,
+    logp: int,
+    entropy: int,
+    score_sqnorm: int,
+    lse: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -51,6 +51,11 @@ def _isa() -> str:
     return f"{native.isa_chosen()} of {', '.join(native.isa_available())} ({threads})"
 
 
+def _cuda_kernels() -> str:
+    native = importlib.import_module("vcpo_kernels._native")
+    return "built in" if native.cuda else "not built: there was no nvcc"
+
+
 def _cuda_devices() -> str:
     if not torch.cuda.is_available():
         return "none"
@@ -98,6 +103,7 @@ def report() -> list[tuple[str, str]]:
         ("triton", lambda: _version_of("triton")),
         ("cpu", _cpu),
         ("instruction set", _isa),
+        ("cuda kernels", _cuda_kernels),
         ("cuda devices", _cuda_devices),
         ("nvcc", _nvcc),
     ]

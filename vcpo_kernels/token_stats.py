@@ -177,7 +177,7 @@ def _token_stats(
     shift: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = registry.select("token_stats", logits.device, logits.dtype)
+    backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])
     rows = _rows.rows_of(logits, shift)
     ids, live = _rows.beside(token_ids, rows), _rows.beside(mask, rows)
     _rows.check_ids("token_stats", ids, live, logits.shape[-1], shift)
@@ -203,7 +203,7 @@ def _backward_into(
     rows = _rows.rows_of(logits, shift)
     out_rows = rows if out is logits else out.view(rows.shape)
     token_sized = (token_ids, mask, logp, entropy, lse, grad_logp, grad_entropy)
-    backend = registry.select("token_stats", logits.device, logits.dtype)
+    backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])
     backend.backward(
         out_rows,
         rows,

@@ -120,10 +120,11 @@ def _into(
     _rows.check_ids("weighted_logp", ids, live, logits.shape[-1], shift)
     settings = {"temperature": temperature, "softcap": softcap, "shift": shift}
     if out is None:
-        stats = registry.select("token_stats", logits.device, logits.dtype).forward(rows, ids, live, **settings)
+        backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])
+        stats = backend.forward(rows, ids, live, **settings)
     else:
         out_rows = rows if out is logits else out.view(rows.shape)
-        backend = registry.select("score_rows", logits.device, logits.dtype)
+        backend = registry.select("score_rows", logits.device, logits.dtype, logits.shape[-1])
         stats = backend.forward(out_rows, rows, ids, live, c, **settings)
     return (weighted_sum(stats[0], c, _rows.counts(ids, live, shift)), *(s.view(token_ids.shape) for s in stats))
 

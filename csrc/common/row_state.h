@@ -7,11 +7,7 @@
 
 #include <cmath>
 
-#if defined(__CUDACC__)
-#define VCPO_HOST_DEVICE __host__ __device__
-#else
-#define VCPO_HOST_DEVICE
-#endif
+#include "host_device.h"
 
 namespace vcpo {
 

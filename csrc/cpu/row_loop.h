@@ -27,30 +27,6 @@ inline const RowKernels& kernels() {
   return kRowKernelsBaseline;
 }
 
-inline std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
-inline RowScale row_scale(const Scaling& s) {
-  const double cap = s.softcap > 0 ? s.softcap : 1.0;
-  return {static_cast<float>(cap * kLog2e / s.temperature), s.softcap > 0 ? 1.0f / s.softcap : 0.0f, s.softcap > 0};
-}
-
-// Where logits row (o, i) finds its token, and whether that token counts.
-struct Entry {
-  std::int64_t at;
-  bool live;
-};
-
-inline Entry entry_of(const Rows& rows, const Tokens& tokens, std::int64_t o, std::int64_t i) {
-  std::int64_t t = i;
-  bool predicted = true;
-  if (tokens.shift) {
-    predicted = i + 1 < rows.inner;
-    t = predicted ? i + 1 : 0;
-  }
-  const std::int64_t at = o * rows.inner + t;
-  return {at, predicted && (tokens.mask == nullptr || tokens.mask[at] != 0)};
-}
-
 // Rows over threads, in chunks of consecutive rows. Dynamic, because masked rows cost nothing. A row's result never
 // depends on the chunk it is in.
 constexpr std::int64_t kSmallChunk = 64 << 10;  // bytes: narrow rows must not pay for the scheduling
@@ -110,29 +86,6 @@ inline WritePlan write_plan(const Output& out, const Rows& rows, int threads) {
   const std::int64_t balanced = total / (8 * std::max(threads, 1));
   const std::int64_t chunk = fresh ? std::min<std::int64_t>(2 * kHugePage, balanced) : 0;
   return {large && !fresh, std::max(kSmallChunk, chunk)};
-}
-
-// A token's statistics as they were saved, and the gradients that arrive for them.
-struct TokenGradient {
-  float logp, entropy, lse, g, h;
-};
-
-// z_y: the sampled token's logit. y: its index in the row, -1 where it is not in sight. log2 p_v needs lse to more
-// digits than fp32 gives it where |lse| is large. u_y - logp has them, unless logp itself is large: the smaller of the
-// two numbers was rounded less. A NaN logp makes the whole row NaN.
-inline RowGradient row_gradient(double z_y, std::int64_t y, const TokenGradient& t, const Scaling& scaling,
-                                const RowScale& s) {
-  RowGradient out;
-  const double u = (s.softcap && z_y > -INFINITY ? std::tanh(z_y * s.inv_softcap) : z_y) * s.scale;
-  out.lse2 = std::abs(t.lse) <= std::abs(t.logp) ? t.lse * kLog2e : u - t.logp * kLog2e;
-  const double inv_t = 1.0 / scaling.temperature, g = t.g, h = t.h, logp = t.logp;
-  out.k0 = static_cast<float>(-(g + h * t.entropy) * inv_t);
-  out.k1 = static_cast<float>(-h * kLn2 * inv_t);
-  const double p = std::exp(logp);
-  const double from_entropy = p > 0 ? h * p * (logp + t.entropy) : 0.0;
-  out.target = static_cast<float>((-g * std::expm1(logp) - from_entropy) * inv_t);
-  out.target_index = y;
-  return out;
 }
 
 }  // namespace vcpo

@@ -5,49 +5,11 @@
 
 #include <cstdint>
 
+#include "../common/row_gradient.h"
 #include "../common/row_state.h"
-#include "dtypes.h"
+#include "../common/rows.h"
 
 namespace vcpo {
-
-// logits [outer, inner, vocabulary], strides in elements, last dimension contiguous.
-struct Rows {
-  const void* data;
-  Dtype dtype;
-  std::int64_t outer, inner, vocabulary, stride_outer, stride_inner;
-};
-
-// Where a gradient goes: the shape and dtype of the rows it belongs to, own strides; may be the rows themselves.
-struct Output {
-  void* data;
-  std::int64_t stride_outer, stride_inner;
-};
-
-// Token-sized arrays are [outer, inner] contiguous. mask may be null (all true).
-struct Tokens {
-  const std::int64_t* ids;
-  const std::uint8_t* mask;
-  bool shift;  // the logits row (o, i) predicts token (o, i + 1); entry (o, 0) has no prediction
-};
-
-// x = softcap tanh(z / softcap) / temperature; softcap 0: none.
-struct Scaling {
-  float temperature, softcap;
-};
-
-// What a row kernel needs, worked out once per call. Base 2: u = value * scale, value = z or tanh(z * inv_softcap).
-struct RowScale {
-  float scale, inv_softcap;
-  bool softcap;
-};
-
-// d logits_v = p_v (k1 t_v + k0), t_v = log2 p_v = u_v - lse2; the target's entry apart (target_index -1: not in
-// sight).
-struct RowGradient {
-  double lse2;
-  float k0, k1, target;
-  std::int64_t target_index;
-};
 
 // One row, for each dtype (indexed by Dtype). `stream`: write around the cache.
 using ForwardRow = RowStatistics (*)(const void* row, std::int64_t vocabulary, std::int64_t target, const RowScale&);

@@ -18,6 +18,8 @@ from types import ModuleType
 
 import torch
 
+from vcpo_kernels.backends import measured
+
 ROW_OPS = frozenset({"token_stats", "score_rows"})
 SEQUENCE_OPS = frozenset({"segment_sum", "segment_spread", "vcpo_coefficients"})
 GRADIENT_OPS = frozenset({"scale"})
@@ -32,6 +34,7 @@ class Backend:
 
     ops, devices, dtypes: what it serves (dtypes are those of the largest input). probe: None where it can run here, else
     the reason. relative_error: bound on its fp32 outputs against float64, as a factor of (1 + |value|); tests read it.
+    min_capability: the oldest GPU that it runs on; None: any device's.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Backend:
     dtypes: frozenset[torch.dtype]
     probe: Callable[[], str | None]
     relative_error: float = 2e-6
+    min_capability: tuple[int, int] | None = None
 
 
 @cache
@@ -52,6 +56,21 @@ def native_problem() -> str | None:
             f"the compiled extension vcpo_kernels._native does not load ({error}); "
             "install a C++ compiler and run `pip install .` in the source folder"
         )
+    return None
+
+
+@cache
+def cuda_problem() -> str | None:
+    """None where the compiled extension has the CUDA kernels and PyTorch has a device for them, else why not."""
+    if (problem := native_problem()) is not None:
+        return problem
+    if not importlib.import_module("vcpo_kernels._native").cuda:
+        return (
+            "the compiled extension was built without nvcc; install the CUDA toolkit and run "
+            "`CMAKE_ARGS=-DVCPO_CUDA=ON pip install .` in the source folder"
+        )
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "PyTorch has no CUDA device here"
     return None
 
 
@@ -94,11 +113,20 @@ BACKENDS: dict[str, Backend] = {
             dtypes=HALF_AND_SINGLE,
             probe=triton_problem,
         ),
+        Backend(
+            name="cuda",
+            ops=ROW_OPS,
+            devices=frozenset({"cuda"}),
+            dtypes=HALF_AND_SINGLE,
+            probe=cuda_problem,
+            min_capability=(8, 0),
+        ),
     )
 }
 
 # First without objections serves. A backend that is not listed for a device can still be forced there if it supports it.
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+# On a GPU, CUDA goes before Triton where it was measured to win (`measured.py`).
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
 DEFAULT_ORDER = ("reference",)
 
 _forced: list[str] = []
@@ -119,15 +147,26 @@ def objections(name: str, op: str, device: torch.device, dtype: torch.dtype) -> 
         reasons.append(f"does not take {str(dtype).removeprefix('torch.')}")
     if not reasons and (problem := backend.probe()) is not None:
         reasons.append(problem)
+    oldest = backend.min_capability
+    if not reasons and oldest is not None and (found := capability(device)) < oldest:
+        reasons.append(f"needs compute capability {oldest[0]}.{oldest[1]} or later, {device} has {found[0]}.{found[1]}")
     return reasons
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that serves `op` for tensors of this device and dtype.
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU."""
+    return torch.cuda.get_device_capability(device)
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype, vocabulary: int = 0) -> ModuleType:
+    """The module that serves `op` for tensors of this device and dtype; of a row op also for rows of this width.
 
     Raises RuntimeError naming every backend with its reasons where none, or not the forced one, can.
     """
     candidates = ORDER.get(device.type, DEFAULT_ORDER)
+    if device.type == "cuda" and measured.MEASURED and measured.cuda_wins(op, dtype, vocabulary, capability(device)):
+        candidates = ("cuda", *candidates)
     if _forced:
         forced = _forced[-1]
         candidates = (forced,) if op in ROW_OPS or op in BACKENDS[forced].ops else candidates
@@ -164,11 +203,12 @@ def _warn_slow(op: str, device_type: str) -> None:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serve every op inside the context by one backend: "reference", "native" or "triton".
+    """Serve every op inside the context by one backend: "reference", "native", "triton" or "cuda".
 
     Forward and backward each use the backend in force when they run, so keep `loss.backward()` inside to force both.
     What the backend cannot serve raises RuntimeError with every backend's reasons; only ops other than row ops that it
-    does not have at all ("native" has none) go to the default one. Not thread-safe: it is meant for tests and comparisons.
+    does not have at all ("native" and "cuda" have none) go to the default one. Not thread-safe: it is meant for tests and
+    comparisons.
 
     Raises ValueError for an unknown name.
 

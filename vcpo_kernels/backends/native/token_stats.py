@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vcpo_kernels import _native
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype in csrc/cpu/dtypes.h
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype in csrc/common/dtypes.h
 
 
 def address(value: Tensor | None) -> int:

@@ -4,9 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
+
 namespace vcpo {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+VCPO_HOST_DEVICE inline std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -15,20 +19,20 @@ struct Float16 {
   std::uint16_t bits;
 };
 
-inline std::uint32_t bits_of(float x) {
+VCPO_HOST_DEVICE inline std::uint32_t bits_of(float x) {
   std::uint32_t b;
   std::memcpy(&b, &x, sizeof b);
   return b;
 }
-inline float from_bits(std::uint32_t b) {
+VCPO_HOST_DEVICE inline float from_bits(std::uint32_t b) {
   float x;
   std::memcpy(&x, &b, sizeof x);
   return x;
 }
 
-inline float to_float(float x) { return x; }
-inline float to_float(BFloat16 x) { return from_bits(static_cast<std::uint32_t>(x.bits) << 16); }
-inline float to_float(Float16 x) {
+VCPO_HOST_DEVICE inline float to_float(float x) { return x; }
+VCPO_HOST_DEVICE inline float to_float(BFloat16 x) { return from_bits(static_cast<std::uint32_t>(x.bits) << 16); }
+VCPO_HOST_DEVICE inline float to_float(Float16 x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t exponent = (x.bits >> 10) & 0x1Fu, mantissa = x.bits & 0x3FFu;
   if (exponent == 31) return from_bits(sign | 0x7F800000u | (mantissa << 13));
@@ -40,19 +44,19 @@ inline float to_float(Float16 x) {
 }
 
 template <class T>
-T from_float(float x);
+VCPO_HOST_DEVICE T from_float(float x);
 template <>
-inline float from_float<float>(float x) {
+VCPO_HOST_DEVICE inline float from_float<float>(float x) {
   return x;
 }
 template <>
-inline BFloat16 from_float<BFloat16>(float x) {  // round to nearest even
+VCPO_HOST_DEVICE inline BFloat16 from_float<BFloat16>(float x) {  // round to nearest even
   const std::uint32_t b = bits_of(x);
   if ((b & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<std::uint16_t>((b >> 16) | 0x40u)};
   return {static_cast<std::uint16_t>((b + 0x7FFFu + ((b >> 16) & 1u)) >> 16)};
 }
 template <>
-inline Float16 from_float<Float16>(float x) {  // round to nearest even
+VCPO_HOST_DEVICE inline Float16 from_float<Float16>(float x) {  // round to nearest even
   std::uint32_t b = bits_of(x);
   const std::uint32_t sign = (b >> 16) & 0x8000u;
   b &= 0x7FFFFFFFu;
@@ -71,7 +75,7 @@ inline Float16 from_float<Float16>(float x) {  // round to nearest even
 
 // -inf in each dtype: what a row's tail is padded with, so that it contributes nothing.
 template <class T>
-T minus_infinity() {
+VCPO_HOST_DEVICE T minus_infinity() {
   return from_float<T>(-__builtin_inff());
 }
 

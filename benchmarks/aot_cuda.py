@@ -1,0 +1,172 @@
+"""What nvcc made of the CUDA kernels, and whether that still is what the committed table says. No GPU is needed.
+
+    python -m benchmarks.aot_cuda            # read, print, compare with benchmarks/results/aot_cuda.json
+    python -m benchmarks.aot_cuda --check    # the same, and exit 1 where the comparison fails
+    python -m benchmarks.aot_cuda --write    # replace the table
+
+The kernels are those of the installed extension, which holds machine code for sm_80, sm_90a and sm_100: what is checked is
+what runs. The check fails on a spill or a stack frame, on aligned row kernels without 16-byte accesses (whichever way
+they read: into registers, by cp.async or by the bulk copy engine), and, with the nvcc version that wrote the
+table, on registers more than 10% above it. Nothing here runs on a GPU or says anything of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine_code import REGISTER_SLACK, registers_and_shared, run_tool, spills, widest
+from vcpo_kernels.backends import registry
+
+TABLE = Path(__file__).parent / "results" / "aot_cuda.json"
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+BITS = 128
+# Mangled template arguments, as the table writes them.
+_WORDS = (("BFloat16", "bf16"), ("Float16", "fp16"), ("float", "fp32"))
+
+
+def readable(signature: str) -> str:
+    """A kernel's name without its namespace and parameters, dtypes and flags in words.
+
+    >>> readable("void vcpo::token_stats_forward_kernel<vcpo::BulkStream<vcpo::BFloat16, 4, 4, 3>, true, 6>(vcpo::Rows)")
+    'token_stats.forward[bulk, bf16, softcap]'
+    """
+    name = re.sub(r"^void |vcpo::|\(.*", "", signature)
+    for long, short in _WORDS:
+        name = re.sub(rf"\b{long}\b", short, name)
+    dtype = re.search(r"\b(bf16|fp16|fp32)\b", name)
+    assert dtype is not None, signature
+    flags = re.findall(r"\b(true|false)\b", name)
+    if name.startswith("token_stats_backward"):
+        aligned, softcap, entropy = (flag == "true" for flag in flags)
+        words = ["" if aligned else "direct", dtype[1], "entropy" * entropy, "softcap" * softcap]
+        return f"token_stats.backward[{', '.join(w for w in words if w)}]"
+    path = "cluster" if "cluster" in name else name[name.index("<") + 1 :].split("Stream")[0].lower()
+    words = [path, dtype[1], "softcap" * (flags[-1] == "true")]
+    op = "token_stats.forward" if name.startswith("token_stats") else "score_rows"
+    return f"{op}[{', '.join(w for w in words if w)}]"
+
+
+def runs_on(name: str, architecture: str) -> bool:
+    """Bulk copies and clusters are of sm_90 and later, which have no use for cp.async; the rest is an empty shell."""
+    old = architecture == "sm_80"
+    if "bulk" in name or "cluster" in name:
+        return not old
+    return old or "[async" not in name or name.startswith("score_rows")
+
+
+def measure(extension: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Each architecture's kernels by name."""
+    table: dict[str, dict[str, dict[str, int]]] = {architecture: {} for architecture in ARCHITECTURES}
+    with tempfile.TemporaryDirectory() as folder:
+        run_tool("cuobjdump", "-xelf", "all", extension.resolve(), folder=Path(folder))
+        for cubin in sorted(Path(folder).glob("*.cubin")):
+            table[cubin.name.split(".")[-2]] |= _kernels_of(cubin)
+    return {a: {n: table[a][n] for n in sorted(table[a]) if runs_on(n, a)} for a in ARCHITECTURES}
+
+
+def _kernels_of(cubin: Path) -> dict[str, dict[str, int]]:
+    usage = dict(re.findall(r"Function (\S+):\n\s*(.*)", run_tool("cuobjdump", "--dump-resource-usage", cubin)))
+    code = run_tool("nvdisasm", "-c", "-ndf", cubin)
+    parts = re.split(r"^\.text\.(\S+):$", code, flags=re.MULTILINE)
+    rows = {}
+    for mangled, sass in zip(parts[1::2], parts[2::2], strict=True):
+        registers, shared = registers_and_shared(usage[mangled])
+        rows[readable(_demangled(mangled))] = {
+            "registers": registers,
+            "stack": int(re.findall(r"\bSTACK:(\d+)", usage[mangled])[0]),
+            "spills": spills(sass),
+            "shared_bytes": shared,
+            "load_bits": max(widest(sass, "LDG"), widest(sass, "LDGSTS")),
+            "bulk_copies": len(re.findall(r"\bUBLKCP\b", sass)),
+            "store_bits": widest(sass, "STG"),
+        }
+    return rows
+
+
+def _demangled(name: str) -> str:
+    return subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def complaints(fresh: dict[str, Any], committed: dict[str, Any]) -> list[str]:
+    """Everything about a fresh table that should fail the build."""
+    found = []
+    for architecture in ARCHITECTURES:
+        now, before = fresh["kernels"][architecture], committed["kernels"].get(architecture, {})
+        found += [f"{architecture} {name}: gone; run with --write" for name in before if name not in now]
+        for name, row in now.items():
+            found += [f"{architecture} {name}: {text}" for text in _complaints_of(name, row)]
+            if name not in before:
+                found.append(f"{architecture} {name}: not in {TABLE.name}; run with --write")
+            elif fresh["nvcc"] == committed["nvcc"] and row["registers"] > (
+                REGISTER_SLACK * (was := before[name]["registers"])
+            ):
+                found.append(f"{architecture} {name}: {row['registers']} registers, was {was}")
+    return found
+
+
+def _complaints_of(name: str, row: dict[str, Any]) -> list[str]:
+    found = [f"{row[what]} {what}, 0 wanted" for what in ("spills", "stack") if row[what]]
+    if "direct" in name:  # rows that are not aligned are taken entry by entry
+        return found
+    if row["load_bits"] < BITS and not row["bulk_copies"]:
+        found.append(f"load_bits is {row['load_bits']}, {BITS} or a bulk copy wanted")
+    if row["store_bits"] < BITS and "forward" not in name:
+        found.append(f"store_bits is {row['store_bits']}, {BITS} wanted")
+    return found
+
+
+def report(table: dict[str, Any]) -> str:
+    """The table as text."""
+    lines = [f"nvcc {table['nvcc']}", f"{'':55}  regs  stack  spills  shared  load  bulk  store"]
+    for architecture, rows in table["kernels"].items():
+        for name, r in rows.items():
+            numbers = f"{r['registers']:6}{r['stack']:7}{r['spills']:8}{r['shared_bytes']:8}"
+            lines.append(
+                f"{architecture + ' ' + name:55}{numbers}{r['load_bits']:6}{r['bulk_copies']:6}{r['store_bits']:7}"
+            )
+    return "\n".join(lines)
+
+
+def _nvcc_version() -> str:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return "not found"
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return text.split("release ")[-1].split(",")[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot_cuda", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 where a kernel is worse than the committed table")
+    parser.add_argument("--write", action="store_true", help="replace the committed table")
+    options = parser.parse_args()
+    problem = registry.native_problem()
+    if problem is not None:
+        sys.exit(f"benchmarks.aot_cuda: {problem}")
+    from vcpo_kernels import _native
+
+    if not _native.cuda:
+        print("the extension was built without the CUDA kernels, since there was no nvcc: nothing to check")
+        return 1 if options.check and shutil.which("nvcc") else 0
+    fresh = {"nvcc": _nvcc_version(), "kernels": measure(Path(_native.__file__))}
+    print(report(fresh))
+    if options.write:
+        TABLE.write_text(json.dumps(fresh, indent=1, sort_keys=True) + "\n")
+    committed = json.loads(TABLE.read_text())
+    found = complaints(fresh, committed)
+    same = "registers compared" if fresh["nvcc"] == committed["nvcc"] else "another nvcc: registers not compared"
+    print(f"\nagainst {TABLE.name} (nvcc {committed['nvcc']}, {same}): {len(found)} complaints")
+    print("\n".join(found))
+    return 1 if options.check and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

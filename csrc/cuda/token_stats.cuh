@@ -1,0 +1,94 @@
+// token_stats: one block a row. Forward: one read of the row, 16 bytes written. Backward: one read, one write; a row
+// whose gradients are 0 is one write, and a masked row is not read at all.
+#pragma once
+
+#include <cstdint>
+
+#include "device.cuh"
+#include "row_chunks.cuh"
+#include "row_gradient.cuh"
+#include "row_reduce.cuh"
+#include "row_streams.cuh"
+
+namespace vcpo {
+
+// The state of a row without its target, which every thread gets. `warps`: Stream::kWarps places in shared memory.
+template <class Stream, bool kSoftcap, class T>
+VCPO_DEVICE RowState<float> row_state(const Stream& stream, const T* row, std::int64_t vocabulary, std::int64_t y,
+                                      const RowScale& scale, RowState<float>* warps, int warp, int lane) {
+  using C = typename Stream::C;
+  const std::int64_t whole = vocabulary / C::kSize;
+  RowState<float> state = empty_row_state<float>();
+  // First, while the stream's copies are on their way.
+  if (whole * C::kSize < vocabulary && whole % Stream::kWarps == warp) {
+    float z[C::kEntries];
+    load_ragged_chunk<C>(row, vocabulary, whole, lane, z);
+    leave_out<C>(y, whole, lane, z);
+    absorb<kSoftcap>(state, z, scale);
+  }
+  stream.for_each([&](std::int64_t chunk, float (&z)[C::kEntries]) {
+    leave_out<C>(y, chunk, lane, z);
+    absorb<kSoftcap>(state, z, scale);
+  });
+  return block_merge(state, warps, Stream::kWarps, warp, lane);
+}
+
+template <class Stream, bool kSoftcap, int kBlocks>
+VCPO_KERNEL(Stream::kWarps* kLanes, kBlocks)
+token_stats_forward_kernel(const Rows rows, const Tokens tokens, const RowScale scale, const StatisticsOut out) {
+  if constexpr (Stream::kNeedsBulk && !device::kHasBulk) return device::unsupported();
+  using T = typename Stream::C::T;
+  const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
+  const Position position = position_of(rows, device::block());
+  const Entry entry = entry_of(rows, tokens, position.outer, position.inner);
+  if (!entry.live) {
+    if (device::thread() == 0) out.write(entry.at, {0.0f, 0.0f, 0.0f, 0.0f});
+    return;
+  }
+  char* shared = device::shared_memory();
+  const T* row = row_at<T>(rows, position);
+  const Stream stream(shared, row, rows.vocabulary / Stream::C::kSize, warp, lane);
+  stream.start();
+  const Target target = target_of(row, rows.vocabulary, tokens.ids[entry.at]);
+  RowState<float>* warps = reinterpret_cast<RowState<float>*>(shared + Stream::kSharedBytes);
+  const RowState<float> rest =
+      row_state<Stream, kSoftcap>(stream, row, rows.vocabulary, target.y, scale, warps, warp, lane);
+  if (device::thread() == 0) out.write(entry.at, statistics_of<kSoftcap>(rest, target, scale));
+}
+
+// What was saved of the forward pass, and what arrives; grad_logp, grad_entropy and target_logits may be null.
+// target_logits: the rows hold a block of their vocabulary, and an id outside it lies in another.
+struct BackwardIn {
+  const float *logp, *entropy, *lse, *grad_logp, *grad_entropy, *target_logits;
+};
+
+template <class C, int kWarps, bool kSoftcap, bool kEntropy, int kBlocks>
+VCPO_KERNEL(kWarps* kLanes, kBlocks)
+token_stats_backward_kernel(const Output out, const Rows rows, const Tokens tokens, const Scaling scaling,
+                            const RowScale scale, const BackwardIn in) {
+  using T = typename C::T;
+  const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
+  const Position position = position_of(rows, device::block());
+  const Entry entry = entry_of(rows, tokens, position.outer, position.inner);
+  const RowPart<C> part(rows.vocabulary, 0, rows.vocabulary / C::kSize, true, warp, kWarps);
+  T* row_out = output_at<T>(out, position);
+  const float g = entry.live && in.grad_logp != nullptr ? in.grad_logp[entry.at] : 0.0f;
+  const float h = kEntropy && entry.live ? in.grad_entropy[entry.at] : 0.0f;
+  if (g == 0.0f && h == 0.0f) return write_zeros<C>(row_out, rows.vocabulary, part, lane);
+
+  const T* row = row_at<T>(rows, position);
+  RowGradient* shared = reinterpret_cast<RowGradient*>(device::shared_memory());
+  if (device::thread() == 0) {
+    const std::int64_t id = tokens.ids[entry.at];
+    const bool block = in.target_logits != nullptr;
+    const Target target = target_of(row, rows.vocabulary, id);
+    const float z = block ? in.target_logits[entry.at] : target.z;
+    const float logp = target.known || block ? in.logp[entry.at] : NAN;
+    const TokenGradient token{logp, in.entropy[entry.at], in.lse[entry.at], g, h};
+    *shared = row_gradient(z, target.known ? target.y : -1, token, scaling, scale);
+  }
+  device::block_sync();  // in place, the target is read before anything is written
+  write_gradient<C>(row_out, row, rows.vocabulary, part, lane, GradientOf<kSoftcap, kEntropy>(*shared, scale));
+}
+
+}  // namespace vcpo

@@ -1,0 +1,43 @@
+"""score_rows by the CUDA kernels of csrc/cuda: from sm_90 on one read and one write of the rows, which a cluster holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _native
+from vcpo_kernels.backends.cuda.token_stats import contiguous, queue, statistics_like
+from vcpo_kernels.backends.native.token_stats import address, output_argument, rows_argument
+
+
+def forward(
+    out: Tensor,  # [O, I, V], written; may be `rows` itself
+    rows: Tensor,  # [O, I, V]
+    token_ids: Tensor,  # [O, I] int64
+    mask: Tensor | None,  # [O, I] bool
+    coefficients: Tensor | None,  # [O, I] fp32; None: all 1
+    *,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, score_sqnorm, lse, each [O, I] fp32; out = c d logp / d rows, and 0 where masked out or c = 0."""
+    logp, entropy, score_sqnorm, lse = statistics_like(rows)
+    ids, live, c = contiguous(token_ids, mask, coefficients)
+    device, stream = queue(rows)
+    with torch.cuda.device(rows.device):
+        _native.cuda_score_rows(
+            output_argument(out),
+            rows_argument(rows),
+            _native.Tokens(address(ids), address(live), shift),
+            temperature,
+            softcap or 0.0,
+            address(c),
+            logp.data_ptr(),
+            entropy.data_ptr(),
+            score_sqnorm.data_ptr(),
+            lse.data_ptr(),
+            device,
+            stream,
+        )
+    return logp, entropy, score_sqnorm, lse
