@@ -57,6 +57,8 @@ struct Copy {
   void arrive() const { std::memcpy(to, from, bytes); }
 };
 
+constexpr char kPoison = static_cast<char>(0xFF);  // NaN in every dtype
+
 struct Meeting {  // of the fibers of a warp, block or cluster
   int members, arrived = 0;
   std::uint64_t generation = 0;
@@ -149,7 +151,7 @@ std::uint32_t pack2(float low, float high) {
 
 inline Copy started(void* to, const void* from, std::size_t bytes, const Barrier* barrier) {
   check_aligned(to), check_aligned(from);
-  std::memset(to, 0xFF, bytes);
+  std::memset(to, kPoison, bytes);
   return {to, from, bytes, barrier};
 }
 inline void copy16_async(void* shared, const void* global) {
@@ -219,7 +221,7 @@ inline void fiber_main() {
 inline Block make_block(std::int64_t index, int rank, const Launch& launch) {
   Block block{index, rank, {}, nullptr, {}, {launch.threads}, {}, {}};
   constexpr std::size_t kAlignment = 128;
-  block.memory.assign(launch.shared_bytes + kAlignment, static_cast<char>(0xFF));
+  block.memory.assign(launch.shared_bytes + kAlignment, kPoison);
   const std::size_t past = reinterpret_cast<std::uintptr_t>(block.memory.data()) % kAlignment;
   block.shared = block.memory.data() + (past == 0 ? 0 : kAlignment - past);
   block.warps.assign(static_cast<std::size_t>(launch.threads / 32), Meeting{32});
@@ -239,16 +241,28 @@ inline void prepare(Fiber& fiber, Block& block, int thread) {
   makecontext(&fiber.context, fiber_main, 0);
 }
 
-// Turn by turn, until all have ended.
-inline void run_fibers(std::vector<Fiber*> fibers) {
-  while (!fibers.empty()) {
+// Turn by turn, until all have ended: one block as far as it comes alone, then the next, so that nothing but the
+// cluster's own barriers holds a block back for another.
+inline void run_fibers(std::vector<std::vector<Fiber*>> blocks) {
+  for (bool left = true; left;) {
     const std::uint64_t before = machine.progress;
-    for (Fiber* fiber : fibers) {
-      machine.running = fiber;
-      swapcontext(&machine.scheduler, &fiber->context);
+    left = false;
+    for (std::vector<Fiber*>& fibers : blocks) {
+      if (fibers.empty()) continue;
+      Block& block = *fibers[0]->block;
+      std::uint64_t own;
+      do {
+        own = machine.progress;
+        for (Fiber* fiber : fibers) {
+          machine.running = fiber;
+          swapcontext(&machine.scheduler, &fiber->context);
+        }
+        fibers.erase(std::remove_if(fibers.begin(), fibers.end(), [](Fiber* f) { return f->finished; }), fibers.end());
+      } while (machine.progress != own);
+      if (fibers.empty()) std::fill(block.memory.begin(), block.memory.end(), kPoison);  // it ends with its block
+      left = left || !fibers.empty();
     }
-    if (machine.progress == before) fail("a barrier that not all of its threads reach");
-    fibers.erase(std::remove_if(fibers.begin(), fibers.end(), [](Fiber* f) { return f->finished; }), fibers.end());
+    if (left && machine.progress == before) fail("a barrier that not all of its threads reach");
   }
 }
 
@@ -258,13 +272,16 @@ inline void run_cluster(std::int64_t first_block, const Launch& launch) {
   for (int rank = 0; rank < launch.cluster; ++rank)
     machine.blocks.push_back(make_block(first_block + rank, rank, launch));
   std::vector<Fiber> fibers(static_cast<std::size_t>(launch.threads * launch.cluster));
-  std::vector<Fiber*> turns;
+  std::vector<std::vector<Fiber*>> turns(machine.blocks.size());
   for (std::size_t i = 0; i < fibers.size(); ++i) {
-    const std::size_t threads = static_cast<std::size_t>(launch.threads);
-    prepare(fibers[i], machine.blocks[i / threads], static_cast<int>(i % threads));
-    turns.push_back(&fibers[i]);
+    const std::size_t threads = static_cast<std::size_t>(launch.threads), rank = i / threads;
+    prepare(fibers[i], machine.blocks[rank], static_cast<int>(i % threads));
+    turns[rank].push_back(&fibers[i]);
   }
-  if (launch.order == Launch::kBackward) std::reverse(turns.begin(), turns.end());
+  if (launch.order == Launch::kBackward) {
+    std::reverse(turns.begin(), turns.end());
+    for (std::vector<Fiber*>& of_block : turns) std::reverse(of_block.begin(), of_block.end());
+  }
   run_fibers(turns);
   for (const Block& block : machine.blocks)
     if (!block.bulk.empty()) fail("a block ended before its copies had arrived");

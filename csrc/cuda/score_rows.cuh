@@ -175,7 +175,7 @@ score_rows_cluster_kernel(const Output out, const Rows rows, const Tokens tokens
     if (rank == 0) statistics.write(entry.at, stats);
     *gradient = score_gradient(target, stats, c, scaling, scale);
   }
-  device::block_sync();
+  device::block_sync();    // the gradient's numbers are there: the meeting below orders no memory
   device::cluster_meet();  // no block ends, and its shared memory with it, while another reads there
   if (c == 0.0f) return write_zeros<C>(row_out, vocabulary, part, lane);
 
