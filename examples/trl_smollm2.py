@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from datasets import Dataset  # type: ignore[import-untyped]
+from datasets import Dataset
 
 from vcpo_kernels.integrations.trl import VCPOTrainer, VCPOTrainingConfig
 

@@ -11,7 +11,7 @@ import torch
 
 def test_readme_loop_runs() -> None:
     text = Path("README.md").read_text()
-    loop, head, two_phases, exact = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loop, head, two_phases, exact, objective = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -49,3 +49,8 @@ def test_readme_loop_runs() -> None:
     exec(head.replace("8, vk.Segments.padded(mask)", "8, segments, config"), names)
     for a, p in zip(got, model.parameters(), strict=True):
         torch.testing.assert_close(a, p.grad)
+
+    model.zero_grad()
+    exec(head.split("out =")[0] + objective, names)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert model.head.weight.grad.abs().max() > 0
