@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels import _checks, _rows
-from vcpo_kernels._library import LIBRARY, qualified
+from vcpo_kernels._library import LIBRARY, qualified, short_way
 from vcpo_kernels.backends import registry
 
 
@@ -118,9 +118,7 @@ def token_stats(
             ]
         )
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    logp, entropy, score_sqnorm, lse = torch.ops.vcpo_kernels.token_stats(
-        logits, token_ids, mask, temperature, softcap, shift, inplace
-    )
+    logp, entropy, score_sqnorm, lse = _call(logits, token_ids, mask, temperature, softcap, shift, inplace)
     return TokenStats(logp, entropy, score_sqnorm.detach(), lse.detach(), shift)
 
 
@@ -267,3 +265,4 @@ torch.library.register_fake(qualified("token_stats"), _fake_forward, lib=LIBRARY
 torch.library.register_fake(qualified("token_stats_backward"), _fake_backward, lib=LIBRARY)
 torch.library.register_fake(qualified("token_stats_backward_"), lambda logits, *rest: None, lib=LIBRARY)
 torch.library.register_autograd(qualified("token_stats"), _autograd, setup_context=_setup_context, lib=LIBRARY)
+_call = short_way("token_stats", _token_stats, _setup_context, _autograd)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels import _checks, baselines
-from vcpo_kernels._library import LIBRARY, qualified
+from vcpo_kernels._library import LIBRARY, qualified, short_way
 from vcpo_kernels.segment_sum import segment_spread
 from vcpo_kernels.segments import Segments
 from vcpo_kernels.token_stats import TokenStats
@@ -177,9 +177,7 @@ def vcpo_loss(
         if score_norms is not None:
             taking_part = (results.lengths > 0) & usable(results.log_weights)
             baselines.check_norms(where, "config.score_norm", score_norms, taking_part)
-    loss = torch.ops.vcpo_kernels.policy_loss(
-        logp, results.coefficients, results.lengths, mask, segments.offsets, segments.order
-    )
+    loss = _call_loss(logp, results.coefficients, results.lengths, mask, segments.offsets, segments.order)
     metrics = dict(zip(METRICS, results.metrics.unbind(), strict=True))
     return VCPOOutput(
         loss=loss,
@@ -243,3 +241,4 @@ def _policy_loss_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 LIBRARY.impl("policy_loss", _policy_loss, "CompositeExplicitAutograd")
 torch.library.register_fake(qualified("policy_loss"), lambda logp, *rest: logp.new_empty(()), lib=LIBRARY)
 torch.library.register_autograd(qualified("policy_loss"), _policy_loss_autograd, setup_context=_keep, lib=LIBRARY)
+_call_loss = short_way("policy_loss", _policy_loss, _keep, _policy_loss_autograd)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels._library import LIBRARY, qualified
+from vcpo_kernels._library import LIBRARY, qualified, short_way
 
 LIBRARY.define(
     "token_loss(Tensor logp, Tensor entropy, Tensor coefficients, Tensor? entropy_coefficients, Tensor value) -> Tensor",
@@ -24,7 +24,7 @@ def token_loss(
     logp: Tensor, entropy: Tensor, coefficients: Tensor, entropy_coefficients: Tensor | None, value: Tensor
 ) -> Tensor:
     """`value` (0-d), with gradient -coefficients to logp [N] and -entropy_coefficients to entropy [N] (None: none)."""
-    loss: Tensor = torch.ops.vcpo_kernels.token_loss(logp, entropy, coefficients, entropy_coefficients, value)
+    loss: Tensor = _call(logp, entropy, coefficients, entropy_coefficients, value)
     return loss
 
 
@@ -54,3 +54,4 @@ def _scaled(grad: Tensor, coefficients: Tensor) -> Tensor:
 LIBRARY.impl("token_loss", _token_loss, "CompositeExplicitAutograd")
 torch.library.register_fake(qualified("token_loss"), lambda logp, *rest: logp.new_empty(()), lib=LIBRARY)
 torch.library.register_autograd(qualified("token_loss"), _token_loss_autograd, setup_context=_keep, lib=LIBRARY)
+_call = short_way("token_loss", _token_loss, _keep, _token_loss_autograd)
