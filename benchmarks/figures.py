@@ -7,16 +7,19 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from examples import baseline_study
+from examples.async_lab import export as async_lab_export
+from examples.async_lab.cli import paper_configs
+from examples.async_lab.config import RunResult
+from examples.async_lab.pictures import collapse_figure, ess_figure, panels_of, range_figure, stability_figure
+from examples.async_lab.tables import accuracy_table, range_table, state
 
 RESULTS = Path("benchmarks/results")
 README, LAB, STUDY = Path("README.md"), Path("docs/async_lab.md"), Path("docs/baseline_study.md")
@@ -30,11 +33,11 @@ TABLES = {
 # per MiB on this virtual machine, and bare GEMMs, which allocate nothing, are what the times are held against.
 MACHINE = "amd-epyc-kept-memory"
 FRESH = "amd-epyc"  # the same machine with the allocator's defaults: what a call adds to resident memory
-PICTURE = Path("docs/figures/stability.png")
-STUDY_PICTURE = Path("docs/figures/baseline_study.png")
-LAGS, LAG, RATES = ("8", "32", "128"), "32", ("0.0001", "0.0003", "0.001")
-COLORS = {"seq-tis": "#d1495b", "vcpo": "#0b6ecf"}
-TITLES = {"seq-tis": "sequence truncated IS", "vcpo": "VCPO"}
+PICTURES = Path("docs/figures")
+STUDY_PICTURE = PICTURES / "baseline_study.png"
+# What the README shows of the lab: sorting at this lag, the usual corrections, VCPO and its parts, and its closest rivals.
+LAG = 32
+LAB_METHODS = ("none", "token-tis", "seq-tis", "m2po", "topr", "ess", "opob", "vcpo")
 
 app = typer.Typer(add_completion=False)
 
@@ -164,58 +167,12 @@ def study_tables() -> dict[str, str]:
     return {"correlation": "\n".join(lines), "variance": "\n".join(variances), "baselines": "\n".join(baselines)}
 
 
-def lab_rows(lag: str) -> list[dict[str, str]]:
-    """The lab's runs at one lag."""
-    with open(RESULTS / "async_lab.csv", newline="") as file:
-        return [r for r in csv.DictReader(file) if r["lag"] == lag]
-
-
-def lab_table(lag: str) -> str:
-    """Final accuracy by method and rate, mean (each seed), as Markdown."""
-    final: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for r in sorted(lab_rows(lag), key=lambda r: int(r["seed"])):
-        final[r["method"], r["rate"]].append(float(r["final_accuracy"]))
-    methods = [m for m in ("none", "token-tis", "seq-tis", "ess", "opob", "vcpo") if any(k[0] == m for k in final)]
-    lines = [f"| method | {' | '.join(RATES)} |", "|---|" + "---|" * len(RATES)]
-    for method in methods:
-        cells = []
-        for rate in RATES:
-            values = final[method, rate]
-            cells.append(
-                f"{sum(values) / len(values):.2f} ({' '.join(f'{v:.2f}' for v in values)})" if values else "not run"
-            )
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def draw_stability(path: Path) -> None:
-    """Accuracy over steps at three learning rates, each seed a line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(RATES), figsize=(10, 2.9), sharey=True)
-    runs: list[dict[str, Any]] = [r for r in lab_rows(LAG) if r["method"] in COLORS]
-    for axis, rate in zip(axes, RATES, strict=True):
-        for r in (r for r in runs if r["rate"] == rate):
-            curve = [float(v) for v in r["accuracy_curve"].split()]
-            steps = [int(r["steps"]) * i / (len(curve) - 1) for i in range(len(curve))]
-            label = TITLES[r["method"]] if r["seed"] == "0" else None
-            axis.plot(steps, curve, color=COLORS[r["method"]], linewidth=1.8, label=label)
-        axis.axhline(float(runs[0]["start_accuracy"]), color="#8a94a6", linewidth=0.8, linestyle="--")
-        axis.set_title(f"learning rate {rate}", fontsize=10)
-        axis.set_xlabel("learner step", fontsize=9)
-        axis.set_ylim(0, 1)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("held-out accuracy", fontsize=9)
-    axes[0].legend(frameon=False, fontsize=9, loc="lower left")
-    figure.suptitle(f"Training on rollouts {LAG} steps stale (sorting 12 digits, two seeds)", fontsize=11)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def lab_parts(runs: list[RunResult]) -> dict[str, str]:
+    """The lab page's tables and its line on what has run, as Markdown."""
+    panels = panels_of(runs)
+    parts = {f"{task} lag {lag}": accuracy_table(runs, task, lag) for task, lag in panels}
+    planned = ((c.task, c.lag, c.seed) for c in paper_configs())
+    return parts | {"range": range_table(runs, [p for p in panels if p[1] > 0]), "state": state(runs, planned)}
 
 
 def filled(text: str, parts: dict[str, str]) -> str:
@@ -233,10 +190,11 @@ def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = 
     """Fill the pages from the results, and draw the README's picture."""
     tables = {name: token_stats_table(RESULTS / folder) for name, folder in TABLES.items()}
     tables |= {"head": head_table(), "weighted_logp": logits_table(), "sequence_gradients": sequence_gradients_table()}
+    runs = async_lab_export.read(RESULTS / "async_lab.csv")
     pages = {
-        README: filled(README.read_text(), {"async_lab": lab_table(LAG), **tables}),
+        README: filled(README.read_text(), {"async_lab": accuracy_table(runs, "sort", LAG, LAB_METHODS), **tables}),
         STUDY: filled(STUDY.read_text(), study_tables()),
-        LAB: filled(LAB.read_text(), {f"lag {lag}": lab_table(lag) for lag in LAGS}),
+        LAB: filled(LAB.read_text(), lab_parts(runs)),
     }
     if check:
         for path, wanted in pages.items():
@@ -245,7 +203,10 @@ def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = 
         return
     for path, wanted in pages.items():
         path.write_text(wanted)
-    draw_stability(PICTURE)
+    stability_figure(runs, LAG, PICTURES / "stability.png")
+    range_figure(runs, PICTURES / "async_lab_range.png")
+    ess_figure(runs, PICTURES / "async_lab_ess.png")
+    collapse_figure(runs, PICTURES / "async_lab_collapse.png")
     baseline_study.draw(json.loads((RESULTS / "baseline_study.json").read_text()), STUDY_PICTURE)
 
 

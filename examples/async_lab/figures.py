@@ -19,15 +19,25 @@ from .config import RunResult
 from .methods import METHODS
 
 INK, QUIET, GRID = "#1f2430", "#667085", "#e4e7ec"
-# One hue for the method the page is about; the others recede and stay apart for the colour-blind.
+# Blue for the methods that the page is about; the others by kind: reds and browns weigh sequences, yellows tokens, greens
+# clip or mask, greys do nothing.
 COLOURS = {
-    "vcpo": "#0b6bcb",
-    "seq-tis": "#d1495b",
-    "ess": "#2a9d8f",
-    "opob": "#8e6bbf",
-    "token-tis": "#e09f3e",
-    "seq-mis": "#a05a2c",
     "none": "#98a2b3",
+    "token-tis": "#e09f3e",
+    "seq-tis": "#d1495b",
+    "seq-mis": "#a05a2c",
+    "icepop": "#c9a227",
+    "ppo-clip": "#2a9d8f",
+    "gspo": "#6a994e",
+    "cispo": "#f4c95d",
+    "opsm": "#1b5e55",
+    "m2po": "#a7c957",
+    "topr": "#f28482",
+    "ess": "#17becf",
+    "opob": "#8e6bbf",
+    "opob-exact": "#c3a6e8",
+    "vcpo": "#0b6bcb",
+    "vcpo-exact": "#5fa8f5",
 }
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -46,14 +56,6 @@ STYLE: dict[Any, Any] = {
     "figure.facecolor": "white",
     "figure.dpi": 160,
 }
-SMOOTHING = 15  # steps of running mean over ESS, which jumps from one batch to the next
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean along the last axis, over what there is at the ends."""
-    kernel = np.ones(min(SMOOTHING, values.shape[-1]))
-    count = np.convolve(np.ones(values.shape[-1]), kernel, "same")
-    return np.apply_along_axis(lambda row: np.convolve(row, kernel, "same") / count, -1, values)
 
 
 def _band(axes: Axes, x: np.ndarray, curves: np.ndarray, colour: str, name: str) -> None:
@@ -129,7 +131,7 @@ def curves_figure(results: Iterable[RunResult], path: Path) -> None:
         )
         grid[0, 0].set_ylabel("held-out accuracy")
         grid[1, 0].set_ylabel("ESS / B")
-        note = f"{_settings(runs)}. ESS / B: running mean over {SMOOTHING} steps."
+        note = f"{_settings(runs)}. ESS / B: means between evaluations."
         _heading(figure, f"Training on rollouts {runs[0].config.lag} steps stale", note)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

@@ -45,7 +45,8 @@ def table(results: Iterable[PacedResult], target: float) -> Table:
     runs = list(results)
     out = Table(
         title=f"Time to a held-out accuracy of {target:g}, seconds",
-        caption="bound: batches that the sampler may be ahead; 0: the two take turns. to target: each seed. waits: of learner and sampler, of the time.",
+        caption="bound: batches that the sampler may be ahead; 0: the two take turns. to target: each seed.\n"
+        "waits: of learner and sampler, as parts of the time.",
         box=box.SIMPLE_HEAD,
     )
     for heading in (
