@@ -2,13 +2,14 @@
 # Both work on a fresh machine with Python >= 3.10, a C++ compiler and a package index. PYTHON=... picks the interpreter.
 PYTHON ?= python3
 VENV := .venv
+OUT ?= build/gpu/results
 BIN := $(CURDIR)/$(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 WERROR := $(if $(CI),ON,OFF)# a user's compiler may be newer than ours, and warn of more
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo demo-trl study smollm2 test test-fast test-verl test-triton test-slow sanitize aot lint format bench bench-peers figures clean
+.PHONY: help setup demo demo-trl study smollm2 test test-fast test-verl test-triton test-slow sanitize aot lint format bench bench-peers gpu figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -92,6 +93,9 @@ bench: setup  ## the comparisons on this machine; `make bench-peers` first adds 
 
 bench-peers: setup
 	$(BIN)/python -m pip install --quiet --constraint requirements-dev.txt trl liger-kernel cut-cross-entropy
+
+gpu:  ## on a machine with a GPU, offline, with its own python: build, tests, sanitizers, benchmark (nine minutes)
+	$(PYTHON) -m benchmarks.gpu --out $(OUT)
 
 figures: setup  ## the README's tables and pictures from the committed results
 	$(BIN)/python -m benchmarks.figures
