@@ -17,6 +17,7 @@ from .export import export, restore
 from .figures import curves_figure, rates_figure
 from .methods import METHODS
 from .paced import PacedResult, run_paced
+from .pictures import panels_of, range_figure
 from .workers import Outcome, finished_before, prepare_warm_starts, run_all
 
 app = typer.Typer(
@@ -75,9 +76,10 @@ def _configs(
 def _execute(configs: list[RunConfig], out: Path, workers: int, force: bool) -> list[RunResult]:
     """Run them with live progress; ends the program where it was interrupted or a run failed."""
     try:
+        before = {} if force else finished_before(configs, out)
         with console.status("warm start: supervised training, kept for later runs"):
-            prepare_warm_starts((config.warm_start for config in configs), out)
-        already = 0 if force else len(finished_before(configs, out))
+            prepare_warm_starts((c.warm_start for i, c in enumerate(configs) if i not in before), out)
+        already = len(before)
         if already:
             console.print(f"{already} of {len(configs)} runs have finished before (--force runs them again).")
         with LiveRuns(configs, already, console) as live:
@@ -192,14 +194,16 @@ def paper(
         console.print(f"{restored} runs taken from {csv}.")
     configs = paper_configs()
     try:
-        results = _execute(configs, out, workers, force=False)
+        _execute(configs, out, workers, force=False)
     finally:
         finished = list(finished_before(configs, out).values())
-        export(finished, csv)
-        console.print(f"{len(finished)} of {len(configs)} runs: {csv}")
-    for task in dict.fromkeys(r.config.task for r in results):
-        for table in grid_tables(r for r in results if r.config.task == task):
-            console.print(table)
+        if finished:
+            export(finished, csv)
+            range_figure(finished, out / "range.png")
+        console.print(f"{len(finished)} of {len(configs)} runs: {csv}; picture: {out / 'range.png'}")
+    for task, lag in panels_of(finished):
+        for table in grid_tables(r for r in finished if (r.config.task, r.config.lag) == (task, lag)):
+            console.print(f"{task}:", table)
 
 
 @app.command("race")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 import vcpo_kernels as vk
 from examples.async_lab import cli
-from examples.async_lab.config import RunResult, save_result
+from examples.async_lab.config import RunConfig, RunResult, save_result
 from examples.async_lab.export import COLUMNS, export
 from examples.async_lab.figures import curves_figure, rates_figure
 from examples.async_lab.methods import METHODS
@@ -19,7 +20,7 @@ from examples.async_lab.methods import METHODS
 from .async_lab import tiny
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["run"], ["grid"], ["paper"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["run"], ["grid"], ["paper"], ["race"], ["report"]])
 def test_help(command: list[str]) -> None:
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0
@@ -36,6 +37,7 @@ def test_help(command: list[str]) -> None:
         (["run", "--task", "chess"], "task must be one of sort, add; got 'chess'"),
         (["run", "--seeds", "a"], "--seeds must be whole numbers separated by commas; got 'a'"),
         (["grid", "--rates", "1e-3;1"], "--rates must be numbers separated by commas"),
+        (["race", "--bounds", "1.5"], "--bounds must be whole numbers separated by commas; got '1.5'"),
     ],
 )
 def test_wrong_options_say_what_is_wanted(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -95,3 +97,23 @@ def test_report_gathers_finished_runs(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli.app, arguments).exit_code == 0
     assert len((tmp_path / "all.csv").read_text().splitlines()) == 5
     assert (tmp_path / "grid.png").exists()
+
+
+def test_paper_goes_on_from_the_csv_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [replace(RunConfig(), method=method, seed=seed) for method in ("seq-tis", "vcpo") for seed in (0, 1)]
+    results = [RunResult(config) for config in configs]
+    for result in results:
+        for step in range(0, 401, 10):
+            figures = {"reward": 0.5, "ess_ratio": 0.25, "grad_norm": 2.0, "rate_scale": 0.5}
+            result.add(step, 0.5 + step / 1000, [figures] if step else [])
+        result.finish("native", 3.0)
+    csv = tmp_path / "all.csv"
+    export(results, csv)
+    before = csv.read_text()
+    monkeypatch.setattr(cli, "paper_configs", lambda: configs)
+    invoked = CliRunner().invoke(cli.app, ["paper", "--out", str(tmp_path / "fresh"), "--csv", str(csv)])
+    assert invoked.exit_code == 0, invoked.output
+    assert "4 runs taken from" in invoked.output
+    assert csv.read_text() == before
+    assert len(list((tmp_path / "fresh").glob("sort-*.json"))) == 4
+    assert not list((tmp_path / "fresh").glob("*.pt"))  # nothing was left to be trained
