@@ -62,7 +62,7 @@ def lay_out(kind: str, lengths: list[int], seed: int = 0) -> Layout:
         positions = [torch.arange(int(a) + 1, int(b)) for a, b in itertools.pairwise(ends)]
         return Layout(vk.Segments.packed(ends, mask), positions, (total + batch,))
     if kind == "indexed":  # interleaved at random, with masked-out tokens (a copy of each) and tokens of no sequence
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         ids = torch.tensor([i for i, n in enumerate(lengths) for _ in range(n)], dtype=torch.int64)
         ids = torch.cat([ids, ids, torch.tensor([-1, -1])])
         mask = torch.arange(ids.numel()) < total

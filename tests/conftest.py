@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,6 +10,34 @@ import torch
 
 import vcpo_kernels as vk
 from vcpo_kernels.backends import registry
+
+# VCPO_TEST_DEVICE=cuda: tensors that a test makes without saying where are made on the GPU, and every backend that runs
+# there takes the place of those that run on a CPU. Set before test modules are imported, for the constants they hold.
+DEVICE = torch.device(os.environ.get("VCPO_TEST_DEVICE", "cpu"))
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
+
+# Left out on a GPU, by the start of their names, and why.
+CPU_ONLY = {
+    "test_errors_name": "checks read values only on a CPU",
+    "test_bad_input_is_refused": "checks read values only on a CPU",
+    "test_masks_with_weights_are_refused": "checks read values only on a CPU",
+    "test_spread_knows_its_shape": "checks read values only on a CPU",
+    "test_autocast": "enters the CPU's autocast",
+    "test_float32_under_disabled_autocast": "enters the CPU's autocast",
+    "test_opcheck": "schemas and fakes are the same on every device",
+    "test_compile": "graphs are the same on every device",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under VCPO_TEST_DEVICE, deselect CPU_ONLY."""
+    if DEVICE.type == "cpu":
+        return
+    left = [item for item in items if item.name.startswith(tuple(CPU_ONLY))]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +68,8 @@ def seeded() -> None:
 @pytest.fixture
 def native() -> Iterator[object]:
     """The compiled extension; its instruction set is put back after the test."""
+    if DEVICE.type != "cpu":
+        pytest.skip("of the CPU's kernels: run it without VCPO_TEST_DEVICE")
     problem = registry.native_problem()
     assert problem is None, f"the test suite needs the compiled extension: {problem}"
     from vcpo_kernels import _native
@@ -48,17 +79,22 @@ def native() -> Iterator[object]:
     _native.isa_choose(before)
 
 
-IMPLEMENTATIONS = ("reference", "native:baseline", "native:avx2", "native:avx512")
+IMPLEMENTATIONS = {
+    "cpu": ("reference", "native:baseline", "native:avx2", "native:avx512"),
+    "cuda": ("reference", "triton", "cuda"),
+}[DEVICE.type]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every backend that runs on a CPU, the native one in each instruction set that this machine has."""
+    """Every backend that runs on the device under test, the native one in each instruction set that this machine has."""
     name, _, isa = request.param.partition(":")
     if isa:
         native = request.getfixturevalue("native")
         if isa not in native.isa_available():
             pytest.skip(f"this CPU has no {isa}")
         native.isa_choose(isa)
+    if problems := registry.objections(name, "token_stats", DEVICE, torch.float32):
+        pytest.skip(f"{name}: {'; '.join(problems)}")
     with vk.use_backend(name):
         yield name

@@ -16,7 +16,7 @@ from tests.row_checks import FIELDS, assert_gradient, assert_statistics, oracle
 from vcpo_kernels import TokenStats
 from vcpo_kernels.backends import registry
 
-CPU = torch.device("cpu")
+DEVICE = torch.get_default_device()
 PLAIN = {"temperature": 1.0, "softcap": None, "shift": False}
 
 
@@ -24,7 +24,7 @@ def score_rows(
     rows: Tensor, ids: Tensor, c: Tensor | None, mask: Tensor | None = None, inplace: bool = False, **settings: object
 ) -> tuple[TokenStats, Tensor]:
     """Statistics and c d logp / d rows, of the backend in force. rows [N, V]."""
-    backend = registry.select("score_rows", CPU, rows.dtype)
+    backend = registry.select("score_rows", DEVICE, rows.dtype)
     rows = rows.clone()
     out = rows if inplace else torch.empty_like(rows)
     batched = (None if t is None else t[None] for t in (ids, mask, c))
@@ -104,7 +104,7 @@ def test_nan_and_unknown_ids_show(implementation: str) -> None:
 
 def by_blocks(logits: Tensor, ids: Tensor, saved: list[Tensor], g: Tensor, h: Tensor | None, width: int) -> Tensor:
     """d logits, block by block, each on a copy of its own."""
-    backend = registry.select("token_stats", CPU, logits.dtype)
+    backend = registry.select("token_stats", DEVICE, logits.dtype)
     target = logits.gather(1, ids[:, None]).T.float()
     pieces = []
     for begin in range(0, logits.shape[1], width):
@@ -137,7 +137,7 @@ def test_a_target_elsewhere_is_no_unknown_id(implementation: str) -> None:
     logits, ids = row_inputs.make("normal", 2, 64, torch.float32)
     ids[:] = 50
     with torch.no_grad():
-        stats = registry.select("token_stats", CPU, torch.float32).forward(logits[None], ids[None], None, **PLAIN)
+        stats = registry.select("token_stats", DEVICE, torch.float32).forward(logits[None], ids[None], None, **PLAIN)
     saved = [stats[0].clone(), stats[1], stats[3]]
     saved[0][0, 1] = math.nan
     got = by_blocks(logits, ids, saved, torch.ones(2), None, 32)

@@ -61,7 +61,7 @@ def test_spread_of_nan_reaches_only_its_own_tokens(kind: str) -> None:
 @given(lengths=st.lists(st.integers(0, 5), max_size=6), kind=st.sampled_from(LAYOUTS), seed=st.integers(0, 999))
 def test_spread_is_the_adjoint_of_sum(lengths: list[int], kind: str, seed: int) -> None:
     """<sum(x), y> = <x, spread(y)>: each is the other's backward pass, so this must hold."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     values, segments = arguments(kind, lengths)
     x = torch.randn(values.shape, generator=generator, dtype=torch.float64)
     y = torch.randn(len(lengths), generator=generator, dtype=torch.float64)

@@ -18,7 +18,7 @@ LENGTHS = [3, 0, 1, 5, 2, 0]  # empty sequences inside and at the end, one of a 
 
 
 def ragged(lengths: list[int], seed: int = 0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     return [torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths]
 
 
@@ -163,7 +163,7 @@ def test_128k_tokens_lose_nothing(kind: str) -> None:
     """float32 values of mixed size, summed to the nearest float32: a float32 accumulator would be off by
     ~1e-3 here.
     """
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     n = 128 * 1024
     values = torch.randn(n, generator=generator) * torch.logspace(-6, 4, n)
     values = torch.cat([values, -values.flip(0)[1:], torch.full((n,), 1e-3)])  # the large ones cancel

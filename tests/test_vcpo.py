@@ -177,7 +177,7 @@ def test_shifted_statistics_with_entry_0_inside_the_mask(kind: str) -> None:
     gradient.
     """
     lengths = [4, 1, 3]  # the second has no predicted token at all
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     n = sum(lengths)
     rewards = torch.tensor([1.0, NAN, 0.0], dtype=torch.float64)
     if kind == "padded":

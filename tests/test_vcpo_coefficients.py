@@ -41,7 +41,7 @@ def arguments(
 ) -> tuple[list[Any], list[float]]:
     """The op's arguments for sequences with the given L_i, and the norms n_i that go with them."""
     batch = lay_out(kind, lengths)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     mu = [torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths]
     logp = [m + w / max(len(m), 1) for m, w in zip(mu, log_weights, strict=True)]
     scores = [torch.rand(n, generator=generator, dtype=torch.float64) for n in lengths]

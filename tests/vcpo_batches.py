@@ -55,7 +55,7 @@ class Batch:
 
 
 def make(kind: str, lengths: list[int] = LENGTHS, dtype: torch.dtype = torch.float64, seed: int = 0) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     layout = lay_out(kind, lengths)
     logits = torch.randn(*layout.shape, VOCABULARY, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     token_ids = torch.randint(0, VOCABULARY, layout.shape, generator=generator)

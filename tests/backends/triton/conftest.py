@@ -6,6 +6,8 @@ a pytest of their own: TRITON_INTERPRET=1 python -m pytest tests/backends/triton
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -13,13 +15,12 @@ from vcpo_kernels.backends import registry
 
 
 @pytest.fixture(autouse=True)
-def device() -> torch.device:
-    """Where the tensors of a test live."""
+def device() -> Iterator[torch.device]:
+    """Where the kernels' tensors live. What a test makes before it moves them, it makes on the CPU."""
     problem = registry.triton_problem()
     if problem is not None:
         pytest.skip(problem)
-    if registry.triton_interpreted():
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if not registry.triton_interpreted() and not torch.cuda.is_available():
         pytest.skip("no GPU, and not under the interpreter: TRITON_INTERPRET=1 python -m pytest tests/backends/triton")
-    return torch.device("cuda")
+    with torch.device("cpu"):
+        yield torch.device("cpu" if registry.triton_interpreted() else "cuda")
