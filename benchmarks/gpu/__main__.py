@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu import phases, report
+from benchmarks.gpu import phases, pictures, report
 from benchmarks.gpu.plan import DRY, GPU, Plan
 from benchmarks.gpu.results import ResultLog
 
@@ -28,6 +28,10 @@ def run(plan: Plan, out: Path) -> bool:
         log.add("phase", phase=phase.name, status=outcome.status, seconds=round(outcome.seconds, 1), tail=outcome.tail)
         print(f"{phase.name}: {outcome.status} after {outcome.seconds:.0f} s", flush=True)
         report.write(out, plan)
+    try:
+        pictures.draw(out, plan)
+    except Exception as error:  # a picture is not worth a run's results
+        print(f"no plots.png: {type(error).__name__}: {error}")
     text, clean = report.summary(out, plan)
     print(text)
     return clean

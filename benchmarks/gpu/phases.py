@@ -60,8 +60,7 @@ class Workplace:
         env["PYTHONUNBUFFERED"] = "1"
         if self.plan.builds:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(self.site), env.get("PYTHONPATH")]))
-        if self.plan.device != "cpu":
-            env["VCPO_TEST_DEVICE"] = self.plan.device
+        env["GPU_TEST_DEVICE" if self.plan.device == "cpu" else "VCPO_TEST_DEVICE"] = self.plan.device
         return env
 
     def stage(self) -> None:

@@ -31,8 +31,13 @@ class ResultLog:
         assert kind in KINDS, kind
         row = {"kind": kind, **fields}
         with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(self._ending() + json.dumps(row) + "\n")
         return row
+
+    def _ending(self) -> str:
+        """A line break where a kill cut the last line short."""
+        with open(self.path, "rb") as file:
+            return "" if file.read()[-1:] in (b"", b"\n") else "\n"
 
     def rows(self) -> list[Row]:
         return read(self.path)
