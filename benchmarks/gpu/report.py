@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.results import Row, read, write_csv
-from benchmarks.gpu.targets import MISSED, NOT_MEASURED, evaluate
+from benchmarks.gpu.targets import MISSED, NOT_MEASURED, REACHED, evaluate
 
 NO_FIGURE = "This was a dry run on a CPU at sizes that say nothing. No figure of it is a GPU figure; do not commit it."
 TEST_LINE = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
@@ -119,7 +119,7 @@ def summary(out: Path, plan: Plan) -> tuple[str, bool]:
     status = Counter(s for *_, s in judged)
     lines = [NO_FIGURE] if plan.device == "cpu" else []
     lines += [f"failures: {len(failed)}", *bullets([line[:200] for line in failed[:15]]), ""]
-    lines += [f"targets: {len(judged) - status[MISSED] - status[NOT_MEASURED]} reached, {status[MISSED]} missed, "
+    lines += [f"targets: {status[REACHED]} reached, {status[MISSED]} missed, "
               f"{status[NOT_MEASURED]} not measured", *target_table(rows, plan), "",
               f"report: {out / 'report.md'}"]  # fmt: skip
     return "\n".join(lines)[:12000], not failed
