@@ -18,7 +18,7 @@ from .workers import Message
 
 def label(config: RunConfig) -> str:
     """A run in a few words."""
-    return f"{config.method:<9} {config.rate:<6g} lag {config.lag:<3} seed {config.seed}"
+    return f"{config.method:<10} {config.rate:<6g} lag {config.lag:<3} seed {config.seed}"
 
 
 class LiveRuns:

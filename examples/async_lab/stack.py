@@ -8,7 +8,6 @@ since every run has its own parameters, prompts and random numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -158,8 +157,3 @@ def sample_stack(
         if t + 1 < length:
             hidden = decoder.step(drawn[..., 0], t, prompts.shape[-1] + t)
     return tokens.view(uniforms.shape), logp.view(uniforms.shape)
-
-
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """One tensor per run, as [R, ..]."""
-    return torch.stack(list(tensors))
