@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.gpu import tables as gpu_tables
 from examples import baseline_study
 from examples.async_lab import export as async_lab_export
 from examples.async_lab.cli import paper_configs
@@ -185,11 +186,18 @@ def filled(text: str, parts: dict[str, str]) -> str:
     return text
 
 
+def gpu_table() -> str:
+    """What `make gpu` measured, a device after the other."""
+    folders = gpu_tables.gpu_folders(RESULTS)
+    return "\n\n".join(map(gpu_tables.markdown, folders)) or "No run of `make gpu` is among the results yet."
+
+
 @app.command()
 def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = False) -> None:
     """Fill the pages from the results, and draw the README's picture."""
     tables = {name: token_stats_table(RESULTS / folder) for name, folder in TABLES.items()}
     tables |= {"head": head_table(), "weighted_logp": logits_table(), "sequence_gradients": sequence_gradients_table()}
+    tables["gpu"] = gpu_table()
     runs = async_lab_export.read(RESULTS / "async_lab.csv")
     pages = {
         README: filled(README.read_text(), {"async_lab": accuracy_table(runs, "sort", LAG, LAB_METHODS), **tables}),
