@@ -1,7 +1,7 @@
 """Builds vcpo_kernels._native with CMake and Ninja. Everything else is declared in pyproject.toml.
 
 Environment: VCPO_NATIVE=OFF installs without the compiled extension (the reference and triton backends still work);
-CMAKE_ARGS is passed on; MAX_JOBS limits parallel compilation.
+CMAKE_ARGS is passed on (-DVCPO_CUDA=OFF leaves the CUDA kernels out, =ON insists on them); MAX_JOBS limits parallel compilation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent
 NO_COMPILER_HINT = """
 vcpo_kernels: building the compiled extension failed (see above).
   It needs a C++17 compiler: apt-get install g++, or dnf install gcc-c++; set CXX to choose one.
-  To install without it (the CPU then falls back to slow eager torch): VCPO_NATIVE=OFF pip install .
+  If it was nvcc that failed, leave its kernels out (Triton then serves GPUs): CMAKE_ARGS=-DVCPO_CUDA=OFF pip install .
+  To install without any compiler (the CPU then falls back to slow eager torch): VCPO_NATIVE=OFF pip install .
 """
 
 
