@@ -1,7 +1,8 @@
 """Builds vcpo_kernels._native with CMake and Ninja. Everything else is declared in pyproject.toml.
 
 Environment: VCPO_NATIVE=OFF installs without the compiled extension (the reference and triton backends still work);
-CMAKE_ARGS is passed on (-DVCPO_CUDA=OFF leaves the CUDA kernels out, =ON insists on them); MAX_JOBS limits parallel compilation.
+CMAKE_ARGS is passed on (-DVCPO_CUDA=OFF leaves the CUDA kernels out, =ON insists on them); MAX_JOBS limits parallel
+compilation.
 """
 
 from __future__ import annotations
