@@ -20,10 +20,10 @@ from .config import RunResult
 from .display import mean
 from .figures import COLOURS, GRID, INK, QUIET, STYLE
 from .methods import METHODS
+from .tables import COLLAPSED, collapse_at
 from .tasks import TASKS
 
 TITLES = {"sort": "sorting", "add": "addition"}
-COLLAPSED = 0.1  # below the warm start, from some evaluation to the end of the run
 BEFORE, AFTER = 150, 50  # steps around a collapse
 Panel = tuple[str, int]  # task and lag
 
@@ -169,16 +169,6 @@ def ess_figure(results: Iterable[RunResult], path: Path) -> None:
 
 
 # --- before a collapse ----------------------------------------------------------------------------------------------
-
-
-def collapse_at(result: RunResult) -> int | None:
-    """Index of the first of the evaluations at the run's end that are all 0.1 or more below the warm start; None: none."""
-    at = None
-    for i in reversed(range(len(result.accuracy))):
-        if result.accuracy[i] > result.accuracy[0] - COLLAPSED:
-            break
-        at = i
-    return at
 
 
 def collapse_figure(results: Iterable[RunResult], path: Path) -> None:

@@ -72,3 +72,25 @@ def table(results: Iterable[PacedResult], target: float) -> Table:
             f"{mean(_final(r) for r in here):.2f}",
         )
     return out
+
+
+def markdown(path: Path) -> str:
+    """The table of an exported file, as Markdown."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    lines = [
+        "| method | bound | seconds to target (each seed) | steps a second | mean lag | learner, sampler waited | final |",
+        "|---|---:|---|---:|---:|---|---:|",
+    ]
+    for method, bound in dict.fromkeys((r["method"], r["bound"]) for r in rows):
+        here = [r for r in rows if (r["method"], r["bound"]) == (method, bound)]
+        reached = " ".join(f"{float(r['seconds_to_target']):.1f}" if r["seconds_to_target"] else "never" for r in here)
+        pace = mean(float(r["steps"]) / float(r["seconds"]) for r in here)
+        lag, learner, sampler, final = (
+            mean(float(r[name]) for r in here)
+            for name in ("mean_staleness", "learner_waited", "sampler_waited", "final_accuracy")
+        )
+        lines.append(
+            f"| {method} | {bound} | {reached} | {pace:.0f} | {lag:.1f} | {learner:.0%}, {sampler:.0%} | {final:.2f} |"
+        )
+    return "\n".join(lines)

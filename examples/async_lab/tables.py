@@ -8,6 +8,8 @@ from .config import RunResult
 from .display import mean
 from .methods import METHODS
 
+COLLAPSED = 0.1  # below the warm start, from some evaluation to the end of the run
+
 
 def _rates(runs: Iterable[RunResult]) -> list[float]:
     return sorted({r.config.rate for r in runs})
@@ -38,10 +40,21 @@ def learns(runs: Sequence[RunResult]) -> bool:
     return bool(runs) and all(r.final_accuracy > r.accuracy[0] for r in runs)
 
 
+def collapse_at(result: RunResult) -> int | None:
+    """Index of the first of the evaluations at the run's end that are all 0.1 or more below the warm start; None: none."""
+    at = None
+    for i in reversed(range(len(result.accuracy))):
+        if result.accuracy[i] > result.accuracy[0] - COLLAPSED:
+            break
+        at = i
+    return at
+
+
 def range_table(results: Iterable[RunResult], panels: Sequence[tuple[str, int]]) -> str:
-    """The highest rate up to which every seed ends above the warm start, and the best rate's mean accuracy."""
+    """The highest rate up to which every seed ends above the warm start; the best rate's mean accuracy; collapses."""
     runs = list(results)
-    lines = [f"| method | {' | '.join(f'{task}, lag {lag}' for task, lag in panels)} |", "|---|" + "---|" * len(panels)]
+    heads = " | ".join(f"{task}, lag {lag}" for task, lag in panels)
+    lines = [f"| method | {heads} | collapsed |", "|---|" + "---|" * len(panels) + "---:|"]
     for method in METHODS:
         cells = []
         for panel in panels:
@@ -54,7 +67,9 @@ def range_table(results: Iterable[RunResult], panels: Sequence[tuple[str, int]])
                 reached = f"{rate:g}"
             finals = [mean(r.final_accuracy for r in of_rate) for of_rate in by_rate.values() if of_rate]
             cells.append(f"{reached}; {max(finals):.2f}" if finals else "not run")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+        stale = [r for r in runs if (r.config.task, r.config.lag) in panels and r.config.method == method]
+        fallen = sum(collapse_at(r) is not None for r in stale)
+        lines.append(f"| {method} | {' | '.join(cells)} | {fallen} of {len(stale)} |")
     return "\n".join(lines)
 
 

@@ -11,14 +11,13 @@ from examples.async_lab.config import RunResult, warm_start_of
 from examples.async_lab.export import read
 from examples.async_lab.methods import METHODS
 from examples.async_lab.pictures import (
-    collapse_at,
     collapse_figure,
     ess_figure,
     panels_of,
     range_figure,
     stability_figure,
 )
-from examples.async_lab.tables import accuracy_table, range_table, state
+from examples.async_lab.tables import accuracy_table, collapse_at, range_table, state
 
 from .async_lab import tiny
 
@@ -64,10 +63,10 @@ def test_the_accuracy_table_holds_each_seed_and_names_what_has_not_run() -> None
 
 def test_one_seed_below_its_warm_start_ends_the_range() -> None:
     runs = [run(UP, rate=rate, seed=seed) for rate in (1e-4, 3e-4, 1e-3) for seed in (0, 1)]
-    assert "| vcpo | 0.001; 0.70 |" in range_table(runs, [("sort", 1)])
+    assert "| vcpo | 0.001; 0.70 | 0 of 6 |" in range_table(runs, [("sort", 1)])
     runs[3] = run(DOWN, rate=3e-4, seed=1)
-    assert "| vcpo | 0.0001; 0.70 |" in range_table(runs, [("sort", 1)])
-    assert "| none | not run |" in range_table(runs, [("sort", 1)])
+    assert "| vcpo | 0.0001; 0.70 | 1 of 6 |" in range_table(runs, [("sort", 1)])
+    assert "| none | not run | 0 of 0 |" in range_table(runs, [("sort", 1)])
 
 
 def test_the_state_names_what_is_missing() -> None:
