@@ -17,6 +17,7 @@ import typer
 from benchmarks.gpu import tables as gpu_tables
 from examples import baseline_study
 from examples.async_lab import export as async_lab_export
+from examples.async_lab import race
 from examples.async_lab.cli import paper_configs
 from examples.async_lab.config import RunResult
 from examples.async_lab.pictures import collapse_figure, ess_figure, panels_of, range_figure, stability_figure
@@ -173,6 +174,8 @@ def lab_parts(runs: list[RunResult]) -> dict[str, str]:
     panels = panels_of(runs)
     parts = {f"{task} lag {lag}": accuracy_table(runs, task, lag) for task, lag in panels}
     planned = ((c.task, c.lag, c.seed) for c in paper_configs())
+    raced = RESULTS / "async_lab_race.csv"
+    parts["race"] = race.markdown(raced) if raced.exists() else "Not measured on an idle machine yet."
     return parts | {"range": range_table(runs, [p for p in panels if p[1] > 0]), "state": state(runs, planned)}
 
 

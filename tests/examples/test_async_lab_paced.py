@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.async_lab import paced
+from examples.async_lab import paced, race
 from examples.async_lab.config import RunConfig
 from examples.async_lab.paced import PacedResult, run_paced
 from examples.async_lab.trainer import train
@@ -52,3 +52,14 @@ def test_a_sampler_that_dies_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
         patch.setattr(paced, "warm_model", lambda config, folder: model)  # in this process alone
         with pytest.raises(RuntimeError, match="the sampler process died"):
             run_paced(tiny(lag=1), tmp_path)
+
+
+def test_the_race_is_exported_and_read_back_as_a_table(tmp_path: Path) -> None:
+    seconds, accuracy = [0.0, 2.0, 4.0, 8.0], [0.5, 0.75, 0.75, 0.75]
+    steps = [0, 100, 200, 400]
+    fast = PacedResult(RunConfig(lag=4, seed=0), steps, seconds, accuracy, [4] * 400, 0.25, 0.5)
+    never = PacedResult(RunConfig(lag=4, seed=1), steps, seconds, [0.5] * 4, [2] * 400, 0.25, 0.5)
+    race.export([fast, never], 0.75, tmp_path / "race.csv")
+    assert race.markdown(tmp_path / "race.csv").splitlines()[2:] == [
+        "| vcpo | 4 | 8.0 never | 50 | 3.0 | 25%, 50% | 0.59 |"
+    ]
