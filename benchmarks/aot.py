@@ -13,8 +13,6 @@ wrote the table, on registers more than 10% above it. Nothing here runs on a GPU
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
@@ -30,7 +28,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.machine_code import REGISTER_SLACK, Resources, registers_and_shared, run_tool, spills, widest
+from benchmarks.machine_code import (
+    REGISTER_SLACK,
+    Resources,
+    held_against,
+    options_of,
+    registers_and_shared,
+    run_tool,
+    spills,
+    widest,
+)
 from vcpo_kernels.backends.triton import (
     group_advantages,
     outer_sqnorm,
@@ -282,21 +289,10 @@ def report(table: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 where a kernel is worse than the committed table")
-    parser.add_argument("--write", action="store_true", help="replace the committed table")
-    options = parser.parse_args()
+    options = options_of("benchmarks.aot", __doc__)
     fresh = measure()
     print(report(fresh))
-    if options.write:
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        TABLE.write_text(json.dumps(fresh, indent=1, sort_keys=True) + "\n")
-    committed = json.loads(TABLE.read_text())
-    found = complaints(fresh, committed)
-    same = "registers compared" if fresh["triton"] == committed["triton"] else "another triton: registers not compared"
-    print(f"\nagainst {TABLE.name} (triton {committed['triton']}, {same}): {len(found)} complaints")
-    print("\n".join(found))
-    return 1 if options.check and found else 0
+    return held_against(TABLE, fresh, "triton", complaints, options)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ table, on registers more than 10% above it. Nothing here runs on a GPU or says a
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -22,7 +20,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine_code import REGISTER_SLACK, registers_and_shared, run_tool, spills, widest
+from benchmarks.machine_code import (
+    REGISTER_SLACK,
+    held_against,
+    options_of,
+    registers_and_shared,
+    run_tool,
+    spills,
+    widest,
+)
 from vcpo_kernels.backends import registry
 
 TABLE = Path(__file__).parent / "results" / "aot_cuda.json"
@@ -144,10 +150,7 @@ def _nvcc_version() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot_cuda", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 where a kernel is worse than the committed table")
-    parser.add_argument("--write", action="store_true", help="replace the committed table")
-    options = parser.parse_args()
+    options = options_of("benchmarks.aot_cuda", __doc__)
     problem = registry.native_problem()
     if problem is not None:
         sys.exit(f"benchmarks.aot_cuda: {problem}")
@@ -158,14 +161,7 @@ def main() -> int:
         return 1 if options.check and shutil.which("nvcc") else 0
     fresh = {"nvcc": _nvcc_version(), "kernels": measure(Path(_native.__file__))}
     print(report(fresh))
-    if options.write:
-        TABLE.write_text(json.dumps(fresh, indent=1, sort_keys=True) + "\n")
-    committed = json.loads(TABLE.read_text())
-    found = complaints(fresh, committed)
-    same = "registers compared" if fresh["nvcc"] == committed["nvcc"] else "another nvcc: registers not compared"
-    print(f"\nagainst {TABLE.name} (nvcc {committed['nvcc']}, {same}): {len(found)} complaints")
-    print("\n".join(found))
-    return 1 if options.check and found else 0
+    return held_against(TABLE, fresh, "nvcc", complaints, options)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels import _native
-from vcpo_kernels.backends.cuda.token_stats import contiguous, queue, statistics_like
-from vcpo_kernels.backends.native.token_stats import address, output_argument, rows_argument
+from vcpo_kernels.backends.cuda.token_stats import queue
+from vcpo_kernels.backends.native.token_stats import address, empty_statistics, output_argument, rows_argument
 
 
 def forward(
@@ -22,17 +22,16 @@ def forward(
     shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, score_sqnorm, lse, each [O, I] fp32; out = c d logp / d rows, and 0 where masked out or c = 0."""
-    logp, entropy, score_sqnorm, lse = statistics_like(rows)
-    ids, live, c = contiguous(token_ids, mask, coefficients)
+    logp, entropy, score_sqnorm, lse = empty_statistics(rows)
     device, stream = queue(rows)
     with torch.cuda.device(rows.device):
         _native.cuda_score_rows(
             output_argument(out),
             rows_argument(rows),
-            _native.Tokens(address(ids), address(live), shift),
+            _native.Tokens(token_ids.data_ptr(), address(mask), shift),
             temperature,
             softcap or 0.0,
-            address(c),
+            address(coefficients),
             logp.data_ptr(),
             entropy.data_ptr(),
             score_sqnorm.data_ptr(),

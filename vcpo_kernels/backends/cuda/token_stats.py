@@ -6,26 +6,13 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels import _native
-from vcpo_kernels.backends.native.token_stats import address, output_argument, rows_argument
+from vcpo_kernels.backends.native.token_stats import address, empty_statistics, output_argument, rows_argument
 
 
 def queue(rows: Tensor) -> tuple[int, int]:
     """The device of `rows`, and the stream that PyTorch is using there."""
     stream = torch.cuda.current_stream(rows.device)
     return stream.device_index, stream.cuda_stream
-
-
-def statistics_like(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, score_sqnorm, lse to be written, each [O, I] fp32."""
-    logp, entropy, score_sqnorm, lse = (
-        torch.empty(rows.shape[:2], dtype=torch.float32, device=rows.device) for _ in range(4)
-    )
-    return logp, entropy, score_sqnorm, lse
-
-
-def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The kernels index token-sized tensors without strides; a copy lives until the launch, and on its stream after it."""
-    return tuple(t if t is None else t.contiguous() for t in tensors)
 
 
 def forward(
@@ -38,13 +25,12 @@ def forward(
     shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, score_sqnorm, lse, each [O, I] fp32."""
-    logp, entropy, score_sqnorm, lse = statistics_like(rows)
-    ids, live = contiguous(token_ids, mask)
+    logp, entropy, score_sqnorm, lse = empty_statistics(rows)
     device, stream = queue(rows)
     with torch.cuda.device(rows.device):
         _native.cuda_token_stats_forward(
             rows_argument(rows),
-            _native.Tokens(address(ids), address(live), shift),
+            _native.Tokens(token_ids.data_ptr(), address(mask), shift),
             temperature,
             softcap or 0.0,
             logp.data_ptr(),
@@ -74,23 +60,20 @@ def backward(
     target_logits: Tensor | None = None,  # [O, I] fp32
 ) -> None:
     """Writes every row of `out`. target_logits: the rows hold a block of their vocabulary, see the reference."""
-    ids, live = contiguous(token_ids, mask)
-    saved = contiguous(logp, entropy, lse)
-    g, h, target = contiguous(grad_logp, grad_entropy, target_logits)
     device, stream = queue(rows)
     with torch.cuda.device(rows.device):
         _native.cuda_token_stats_backward(
             output_argument(out),
             rows_argument(rows),
-            _native.Tokens(address(ids), address(live), shift),
+            _native.Tokens(token_ids.data_ptr(), address(mask), shift),
             temperature,
             softcap or 0.0,
-            address(saved[0]),
-            address(saved[1]),
-            address(saved[2]),
-            address(g),
-            address(h),
-            address(target),
+            logp.data_ptr(),
+            entropy.data_ptr(),
+            lse.data_ptr(),
+            address(grad_logp),
+            address(grad_entropy),
+            address(target_logits),
             device,
             stream,
         )

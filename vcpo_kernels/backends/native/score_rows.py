@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels import _native
-from vcpo_kernels.backends.native.token_stats import address, output_argument, rows_argument
+from vcpo_kernels.backends.native.token_stats import address, empty_statistics, output_argument, rows_argument
 
 
 def forward(
@@ -21,7 +21,7 @@ def forward(
     shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, score_sqnorm, lse, each [O, I] fp32; writes every row of `out`."""
-    logp, entropy, score_sqnorm, lse = (torch.empty(rows.shape[:2], dtype=torch.float32) for _ in range(4))
+    logp, entropy, score_sqnorm, lse = empty_statistics(rows)
     _native.score_rows(
         output_argument(out),
         rows_argument(rows),

@@ -25,6 +25,14 @@ def output_argument(out: Tensor) -> _native.Output:
     return _native.Output(out.data_ptr(), out.stride(0), out.stride(1))
 
 
+def empty_statistics(rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logp, entropy, score_sqnorm, lse to be written, each [O, I] fp32."""
+    logp, entropy, score_sqnorm, lse = (
+        torch.empty(rows.shape[:2], dtype=torch.float32, device=rows.device) for _ in range(4)
+    )
+    return logp, entropy, score_sqnorm, lse
+
+
 def forward(
     rows: Tensor,  # [O, I, V]
     token_ids: Tensor,  # [O, I] int64
@@ -35,7 +43,7 @@ def forward(
     shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, score_sqnorm, lse, each [O, I] fp32."""
-    logp, entropy, score_sqnorm, lse = (torch.empty(rows.shape[:2], dtype=torch.float32) for _ in range(4))
+    logp, entropy, score_sqnorm, lse = empty_statistics(rows)
     _native.token_stats_forward(
         rows_argument(rows),
         _native.Tokens(token_ids.data_ptr(), address(mask), shift),
