@@ -26,7 +26,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 
 setup: $(VENV)/.built  ## .venv with everything, and the package built in place
 
-demo: setup  ## asynchronous RL, with and without VCPO, side by side (about 2 minutes)
+demo: setup  ## asynchronous RL, with and without VCPO, side by side (under a minute)
 	$(BIN)/python -m examples.async_lab demo
 
 test: setup test-fast test-verl test-triton sanitize  ## the whole suite but for the slow tests
