@@ -29,7 +29,7 @@ from benchmarks.machine_code import (
     spills,
     widest,
 )
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 TABLE = Path(__file__).parent / "results" / "aot_cuda.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")

@@ -28,7 +28,7 @@ from benchmarks import plots
 from benchmarks.timing import Stopwatch, peak_extra_mib
 from benchmarks.token_stats_cases import BACKWARD, CASES, FORWARD, Case, Inputs, make_inputs, max_error, oracle
 from vcpo_kernels import env
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # A result that is not right is not timed. Ours: the package's own bounds. Eager torch in bf16 has no bound to keep.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vcpo_kernels as vk
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 # VCPO_TEST_DEVICE=cuda: tensors that a test makes without saying where are made on the GPU, and every backend that runs
 # there takes the place of those that run on a CPU. Set before test modules are imported, for the constants they hold.

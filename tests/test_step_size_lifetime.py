@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.brute_force import ess_ratio
+from tests.sequences.brute_force import ess_ratio
 from tests.step_size_batches import HALF, NAN, QUARTER, fill_gradients, loss_of, parameters
 
 # --- closures -----------------------------------------------------------------------------------------------

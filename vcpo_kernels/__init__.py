@@ -2,19 +2,19 @@
 
 from vcpo_kernels import objectives as objectives
 from vcpo_kernels._version import __version__
-from vcpo_kernels.backends.registry import use_backend
-from vcpo_kernels.baselines import off_policy_baseline
-from vcpo_kernels.linear_token_stats import linear_token_stats
-from vcpo_kernels.linear_weighted_logp import linear_weighted_logp
-from vcpo_kernels.opob_accumulator import OPOBAccumulator
-from vcpo_kernels.patch_head import HeadOutput, patch_head
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.sequence_gradients import SequenceGradients
+from vcpo_kernels.core.registry import use_backend
+from vcpo_kernels.head.linear_token_stats import linear_token_stats
+from vcpo_kernels.head.linear_weighted_logp import linear_weighted_logp
+from vcpo_kernels.head.patch_head import HeadOutput, patch_head
+from vcpo_kernels.rows.token_stats import TokenStats, token_stats
+from vcpo_kernels.rows.weighted_logp import weighted_logp
+from vcpo_kernels.sequence_gradients.context import SequenceGradients
+from vcpo_kernels.sequence_gradients.opob_accumulator import OPOBAccumulator
+from vcpo_kernels.sequences.baselines import off_policy_baseline
+from vcpo_kernels.sequences.ess import EffectiveSampleSize, effective_sample_size, sequence_log_weights
+from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
 from vcpo_kernels.step_size import EssLearningRate
-from vcpo_kernels.token_stats import TokenStats, token_stats
-from vcpo_kernels.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
-from vcpo_kernels.weighted_logp import weighted_logp
-from vcpo_kernels.weights import EffectiveSampleSize, effective_sample_size, sequence_log_weights
 
 __all__ = [
     "EffectiveSampleSize",

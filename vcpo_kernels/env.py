@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from vcpo_kernels import _version
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 VARIABLES = ("VCPO_CPU_ISA", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GLIBC_TUNABLES")
 

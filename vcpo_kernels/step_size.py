@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.objectives.output import ObjectiveOutput
-from vcpo_kernels.vcpo import VCPOOutput
-from vcpo_kernels.weights import EffectiveSampleSize, ess_from_moments, ess_moments, merge_moments
+from vcpo_kernels.sequences.ess import EffectiveSampleSize, ess_from_moments, ess_moments, merge_moments
+from vcpo_kernels.sequences.vcpo import VCPOOutput
 
 RULES: dict[str, float] = {"sqrt": 0.5, "linear": 1.0}  # exponent of min(1, rho / rho_ref)
 

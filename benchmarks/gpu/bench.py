@@ -25,7 +25,7 @@ from benchmarks.gpu.plan import PLANS, Plan, Shape
 from benchmarks.gpu.results import BROKEN, ResultLog, Row, key_of
 from benchmarks.gpu.row_cases import Oracle, RowCase
 from benchmarks.token_stats_cases import Inputs
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 COPY = "device copy"
 MEMORY_SHARE = 0.9  # of what is free

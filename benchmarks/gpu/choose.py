@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.gpu import row_cases
 from benchmarks.gpu.results import NAME, Row, read
-from vcpo_kernels.backends.measured import Win
+from vcpo_kernels.core.measured import Win
 
 # What decides for an op. A forward and its backward are served by one choice, and must both gain or stay.
 WORKS = {"token_stats": (row_cases.FORWARD, row_cases.BACKWARD), "score_rows": (row_cases.SCORE,)}

@@ -98,17 +98,17 @@ def by_importance() -> tuple[Shape, ...]:
 # The package's own tests of everything that has a GPU kernel, on CUDA tensors (VCPO_TEST_DEVICE), and the GPU's own.
 TESTS = (
     "tests/gpu",
-    "tests/test_token_stats.py",
-    "tests/test_score_rows.py",
-    "tests/test_weighted_logp.py",
-    "tests/test_linear_token_stats.py",
-    "tests/test_linear_weighted_logp.py",
-    "tests/test_segments.py",
-    "tests/test_segment_sum.py",
-    "tests/test_vcpo.py",
-    "tests/test_vcpo_coefficients.py",
-    "tests/test_vcpo_degenerate.py",
-    "tests/test_outer_sqnorm.py",
+    "tests/rows/test_token_stats.py",
+    "tests/rows/test_score_rows.py",
+    "tests/rows/test_weighted_logp.py",
+    "tests/head/test_linear_token_stats.py",
+    "tests/head/test_linear_weighted_logp.py",
+    "tests/sequences/test_segments.py",
+    "tests/sequences/test_segment_sum.py",
+    "tests/sequences/test_vcpo.py",
+    "tests/sequences/test_vcpo_coefficients.py",
+    "tests/sequences/test_vcpo_degenerate.py",
+    "tests/sequence_gradients/test_outer_sqnorm.py",
     "tests/backends/triton",
 )
 

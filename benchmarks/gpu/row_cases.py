@@ -23,7 +23,7 @@ from benchmarks.token_stats_cases import (
     ours_forward,
     ours_inplace,
 )
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 FORWARD, BACKWARD, BACKWARD_INPLACE = "forward", "forward + backward", "forward + backward, in place"

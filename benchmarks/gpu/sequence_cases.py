@@ -13,7 +13,7 @@ import vcpo_kernels as vk
 from benchmarks.gpu.clock import host_microseconds
 from benchmarks.gpu.plan import SequenceShape, Shape
 from benchmarks.gpu.row_cases import make_inputs
-from vcpo_kernels.vcpo_coefficients import SequenceResults, vcpo_coefficients
+from vcpo_kernels.sequences.vcpo_coefficients import SequenceResults, vcpo_coefficients
 
 if TYPE_CHECKING:
     from benchmarks.gpu.bench import Bench

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 from .config import RunConfig, RunResult
 from .methods import METHODS, Method, Output

@@ -15,7 +15,7 @@ from benchmarks.gpu import bench, choose, phases, report, row_cases, tables, tar
 from benchmarks.gpu.clock import Clock, times_of
 from benchmarks.gpu.plan import DRY, GPU, TOTAL_SECONDS, Phase
 from benchmarks.gpu.results import ResultLog, read, write_csv
-from vcpo_kernels.backends.measured import Win
+from vcpo_kernels.core.measured import Win
 
 
 def test_gpu_plan_fits_nine_minutes() -> None:

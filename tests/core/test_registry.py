@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vcpo_kernels as vk
-from vcpo_kernels.backends import measured, registry
+from vcpo_kernels.core import measured, registry
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -10,8 +10,8 @@ import vcpo_kernels as vk
 pytest.importorskip("transformers", reason="the study's models are Hugging Face's: pip install transformers")
 pytest.importorskip("typer")
 from examples import baseline_study as study
-from tests import tiny_models
-from tests.sequence_gradient_models import oracle
+from tests.head import tiny_models
+from tests.sequence_gradients.models import oracle
 
 SAMPLES, LENGTH = 6, 9
 

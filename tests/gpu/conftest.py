@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vcpo_kernels as vk
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 HERE = os.path.dirname(__file__)
 ON_CPU = os.environ.get("GPU_TEST_DEVICE") == "cpu"

@@ -9,8 +9,8 @@ from torch import Tensor
 import vcpo_kernels as vk
 from benchmarks.gpu import row_cases
 from benchmarks.gpu.plan import Shape
-from tests import row_inputs
-from tests.row_checks import FIELDS, assert_gradient, assert_statistics, oracle, run
+from tests.rows import row_inputs
+from tests.rows.row_checks import FIELDS, assert_gradient, assert_statistics, oracle, run
 
 # One CTA, one short of and one past a 16-byte access, a cluster's width and more, and a width that no vector divides.
 WIDTHS = (8, 1023, 32000, 49152, 65537, 128256, 151936, 151937, 262144)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests import head_inputs
-from tests.head_inputs import FIELDS, distance, make, through_head, through_logits
-from vcpo_kernels import _head
+from tests.head import head_inputs
+from tests.head.head_inputs import FIELDS, distance, make, through_head, through_logits
+from vcpo_kernels.head import operands as _head
 
 # Relative L2. In bf16 and fp16 the logits themselves are rounded once; eager torch has the same error (see the test).
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.head_inputs import FIELDS, HeadInputs, distance, make, through_logits
-from vcpo_kernels import _head
+from tests.head.head_inputs import FIELDS, HeadInputs, distance, make, through_logits
+from vcpo_kernels.head import operands as _head
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 SWITCHES = list(itertools.product((False, True), repeat=3))

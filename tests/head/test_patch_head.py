@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vcpo_kernels as vk
 
 pytest.importorskip("transformers", reason="patch_head is for Hugging Face models: pip install transformers")
-from tests import tiny_models
-from tests.head_inputs import FIELDS
+from tests.head import tiny_models
+from tests.head.head_inputs import FIELDS
 
 BATCH, LENGTH = 3, 11
 

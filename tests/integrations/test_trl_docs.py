@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.integrations import trl_setup as setup
 from vcpo_kernels.integrations.trl import VCPOTrainer, VCPOTrainingConfig, options
-from vcpo_kernels.vcpo_coefficients import METRICS
+from vcpo_kernels.sequences.vcpo_coefficients import METRICS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests import brute_force
 from tests.integrations import trl_setup as setup
+from tests.sequences import brute_force
 from vcpo_kernels.integrations.trl import window as w
 from vcpo_kernels.integrations.trl.support import check_support
 

@@ -20,7 +20,7 @@ import transformers
 from datasets import Dataset
 from torch import Tensor, nn
 
-from tests import brute_force
+from tests.sequences import brute_force
 from vcpo_kernels.integrations.trl import VCPOTrainer, VCPOTrainingConfig
 
 GROUP = 4

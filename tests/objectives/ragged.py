@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.brute_force import Layout, lay_out, scale
+from tests.sequences.brute_force import Layout, lay_out, scale
 
 LENGTHS = [4, 1, 0, 3, 6, 2]
 ADVANTAGES = [1.0, -0.5, 3.0, -2.0, 0.75, 0.0]

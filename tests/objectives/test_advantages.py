@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.brute_force import LAYOUTS, lay_out
+from tests.sequences.brute_force import LAYOUTS, lay_out
 from vcpo_kernels import objectives
 from vcpo_kernels.objectives import ADVANTAGES
 

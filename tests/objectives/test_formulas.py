@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.brute_force import LAYOUTS
 from tests.objectives import ragged
 from tests.objectives.ragged import CASES, Batch, Case, aggregate
+from tests.sequences.brute_force import LAYOUTS
 from vcpo_kernels import objectives
 from vcpo_kernels.objectives import OBJECTIVES
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.brute_force import LAYOUTS
 from tests.objectives import ragged
+from tests.sequences.brute_force import LAYOUTS
 from vcpo_kernels import objectives
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 from vcpo_kernels.objectives import OBJECTIVES
-from vcpo_kernels.objectives._token_loss import token_loss
+from vcpo_kernels.rows.token_loss import token_loss
 
 NAMES = sorted(OBJECTIVES)
 NAN, INF = math.nan, math.inf

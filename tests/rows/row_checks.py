@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 BOUND = registry.BACKENDS["native"].relative_error  # the reference's is the same
 FIELDS = ("logp", "entropy", "score_sqnorm", "lse")

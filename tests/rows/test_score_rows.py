@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import row_inputs
-from tests.row_checks import FIELDS, assert_gradient, assert_statistics, oracle
+from tests.rows import row_inputs
+from tests.rows.row_checks import FIELDS, assert_gradient, assert_statistics, oracle
 from vcpo_kernels import TokenStats
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 DEVICE = torch.get_default_device()
 PLAIN = {"temperature": 1.0, "softcap": None, "shift": False}

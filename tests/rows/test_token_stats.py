@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests import row_inputs
-from tests.row_checks import FIELDS, assert_gradient, assert_statistics, oracle, run
-from vcpo_kernels.backends import registry
+from tests.rows import row_inputs
+from tests.rows.row_checks import FIELDS, assert_gradient, assert_statistics, oracle, run
+from vcpo_kernels.core import registry
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
 

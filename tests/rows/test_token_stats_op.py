@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests import row_inputs
-from tests.row_checks import FIELDS, run
-from vcpo_kernels.backends import registry
+from tests.rows import row_inputs
+from tests.rows.row_checks import FIELDS, run
+from vcpo_kernels.core import registry
 
 
 @pytest.mark.parametrize("shift", (False, True))

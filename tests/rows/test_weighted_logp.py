@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests import row_inputs
-from tests.row_checks import FIELDS, OUTPUT_EPS
+from tests.rows import row_inputs
+from tests.rows.row_checks import FIELDS, OUTPUT_EPS
 
 GRID = [(shift, masked, softcap) for shift in (False, True) for masked in (False, True) for softcap in (None, 4.0)]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import vcpo_kernels as vk
-from tests.sequence_gradient_models import VOCABULARY, assert_gradients, assert_norms, oracle, token_model
+from tests.sequence_gradients.models import VOCABULARY, assert_gradients, assert_norms, oracle, token_model
 
 BATCH, LENGTH = 4, 9
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import vcpo_kernels as vk
-from tests.sequence_gradient_models import VOCABULARY, token_model
+from tests.sequence_gradients.models import VOCABULARY, token_model
 
 
 def batch() -> tuple[Tensor, vk.Segments]:

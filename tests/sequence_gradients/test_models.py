@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import vcpo_kernels as vk
 
 pytest.importorskip("transformers", reason="these are Hugging Face models: pip install transformers")
-from tests import tiny_models
-from tests.sequence_gradient_models import assert_gradients, assert_norms, oracle
+from tests.head import tiny_models
+from tests.sequence_gradients.models import assert_gradients, assert_norms, oracle
 
 BATCH, LENGTH = 3, 11
 MODELS = ("llama", "llama, tied", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "phi", "cohere", "granite")
@@ -124,7 +124,7 @@ def test_lora(head: str) -> None:
 DDP = """
 import os, sys, torch, torch.distributed as dist
 import vcpo_kernels as vk
-from tests.sequence_gradient_models import token_model, VOCABULARY
+from tests.sequence_gradients.models import token_model, VOCABULARY
 
 rank = int(sys.argv[1])
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -168,7 +168,7 @@ def test_ddp_averages_once(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(DDP)
     command = [sys.executable, str(script)]
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parent.parent.parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     ranks = [

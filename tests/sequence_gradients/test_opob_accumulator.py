@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vcpo_kernels as vk
-from tests.sequence_gradient_models import VOCABULARY, Oracle, assert_gradients, oracle, token_model
+from tests.sequence_gradients.models import VOCABULARY, Oracle, assert_gradients, oracle, token_model
 
 GROUPS, SAMPLES, LENGTH = 2, 3, 6
 BATCH = GROUPS * SAMPLES

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vcpo_kernels.backends.reference.outer_sqnorm import COSTS
-from vcpo_kernels.outer_sqnorm import FormCosts, outer_sqnorm, outer_sqnorms
+from vcpo_kernels.sequence_gradients.outer_sqnorm import FormCosts, outer_sqnorm, outer_sqnorms
 
 FORMS = ("gram", "tile", "auto")
 

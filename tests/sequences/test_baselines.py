@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vcpo_kernels as vk
-from tests import brute_force
-from vcpo_kernels import baselines
+from tests.sequences import brute_force
+from vcpo_kernels.sequences import baselines
 
 NAN, INF = math.nan, math.inf
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vcpo_kernels as vk
-from tests.brute_force import LAYOUTS, ess_ratio, lay_out
-from vcpo_kernels.weights import ess_from_moments, ess_moments, merge_moments
+from tests.sequences.brute_force import LAYOUTS, ess_ratio, lay_out
+from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments, merge_moments
 
 NAN, INF = math.nan, math.inf
 weights_list = st.lists(st.floats(-50, 50), min_size=1, max_size=12)

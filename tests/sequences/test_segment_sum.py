@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.brute_force import LAYOUTS, lay_out
-from vcpo_kernels.segment_sum import segment_spread, segment_sum
+from tests.sequences.brute_force import LAYOUTS, lay_out
+from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
 
 LENGTHS = [3, 0, 1, 4]
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vcpo_kernels as vk
-from tests.brute_force import LAYOUTS, lay_out
+from tests.sequences.brute_force import LAYOUTS, lay_out
 
 LENGTHS = [3, 0, 1, 5, 2, 0]  # empty sequences inside and at the end, one of a single token
 

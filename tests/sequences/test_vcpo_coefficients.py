@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests import brute_force
-from tests.brute_force import LAYOUTS, lay_out
-from vcpo_kernels.baselines import WEIGHTINGS
-from vcpo_kernels.vcpo_coefficients import AGGREGATIONS, METRICS, SequenceResults, vcpo_coefficients
+from tests.sequences import brute_force
+from tests.sequences.brute_force import LAYOUTS, lay_out
+from vcpo_kernels.sequences.baselines import WEIGHTINGS
+from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS, METRICS, SequenceResults, vcpo_coefficients
 
 NAN, INF = math.nan, math.inf
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import brute_force
-from tests.brute_force import LAYOUTS
-from tests.vcpo_batches import INF, NAN, VOCABULARY, make, written_out_gradient
-from vcpo_kernels.vcpo_coefficients import AGGREGATIONS
+from tests.sequences import brute_force
+from tests.sequences.brute_force import LAYOUTS
+from tests.sequences.vcpo_batches import INF, NAN, VOCABULARY, make, written_out_gradient
+from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

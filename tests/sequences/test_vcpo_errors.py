@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vcpo_kernels as vk
-from tests.vcpo_batches import INF, NAN, VOCABULARY, make
+from tests.sequences.vcpo_batches import INF, NAN, VOCABULARY, make
 
 
 def call(**changes: Any) -> vk.VCPOOutput:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.brute_force import Layout, lay_out
+from tests.sequences.brute_force import Layout, lay_out
 
 NAN, INF = math.nan, math.inf
 

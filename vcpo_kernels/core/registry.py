@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from vcpo_kernels.backends import measured
+from vcpo_kernels.core import measured
 
 ROW_OPS = frozenset({"token_stats", "score_rows"})
 SEQUENCE_OPS = frozenset({"segment_sum", "segment_spread", "vcpo_coefficients"})

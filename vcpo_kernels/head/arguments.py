@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels._head import stats_dtype
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.head.operands import stats_dtype
 
 
 def checked(

@@ -13,11 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks, _deferred, _head, _head_inputs, _rows
-from vcpo_kernels._head import Head
-from vcpo_kernels._library import LIBRARY, qualified
-from vcpo_kernels.backends import registry
-from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import registry
+from vcpo_kernels.core.library import LIBRARY, qualified
+from vcpo_kernels.head import arguments as _head_inputs
+from vcpo_kernels.head import deferred as _deferred
+from vcpo_kernels.head import operands as _head
+from vcpo_kernels.head.operands import Head
+from vcpo_kernels.rows import views as _rows
+from vcpo_kernels.rows.token_stats import TokenStats
 
 MEMORY = ("auto", "fast", "lean")
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _rows
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
+from vcpo_kernels.rows import views as _rows
 
 CHUNK_BYTES = 256 << 20
 ALIGN = 64  # entries: blocks of the vocabulary keep 16-byte accesses, and GEMM libraries their fast paths

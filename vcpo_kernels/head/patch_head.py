@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vcpo_kernels import _checks
-from vcpo_kernels.linear_token_stats import linear_token_stats
-from vcpo_kernels.linear_weighted_logp import linear_weighted_logp
-from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.head.linear_token_stats import linear_token_stats
+from vcpo_kernels.head.linear_weighted_logp import linear_weighted_logp
+from vcpo_kernels.rows.token_stats import TokenStats
 
 # Where configurations keep what is done to logits: softcap(z) = c tanh(z / c) (Gemma-2 and -3, RecurrentGemma), and factors,
 # which one model multiplies by and another divides by (Cohere, Falcon-H1, Granite); the probe tells which.

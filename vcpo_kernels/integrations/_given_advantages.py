@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.vcpo import VCPOOutput
-from vcpo_kernels.vcpo_coefficients import usable_below
-from vcpo_kernels.weights import check_segments, ess_from_moments, ess_moments
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.sequences.ess import check_segments, ess_from_moments, ess_moments
+from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.vcpo import VCPOOutput
+from vcpo_kernels.sequences.vcpo_coefficients import usable_below
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.integrations import _ess_channel
 from vcpo_kernels.integrations._given_advantages import weighted_advantages
-from vcpo_kernels.segments import Segments
+from vcpo_kernels.sequences.segments import Segments
 
 WHERE = "vcpo_loss (prime-rl)"
 

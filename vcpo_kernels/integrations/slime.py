@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.integrations import _ess_channel
 from vcpo_kernels.integrations._given_advantages import weighted_advantages
-from vcpo_kernels.segments import Segments
+from vcpo_kernels.rows.token_stats import token_stats
+from vcpo_kernels.sequences.segments import Segments
 from vcpo_kernels.step_size import EssLearningRate
-from vcpo_kernels.token_stats import token_stats
 
 WHERE = "vcpo_loss (slime)"
 

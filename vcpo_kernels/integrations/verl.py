@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.baselines import WEIGHTINGS, SequenceTerms, check_rewards, group_baselines
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.integrations import _ess_channel
 from vcpo_kernels.integrations._given_advantages import weighted_advantages
-from vcpo_kernels.segments import Segments
+from vcpo_kernels.sequences.baselines import WEIGHTINGS, SequenceTerms, check_rewards, group_baselines
+from vcpo_kernels.sequences.segments import Segments
 
 WHERE = "vcpo (verl)"
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.baselines import check_groups, check_norms, check_rewards, group_baselines, grouped
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.objectives.common import finite_float
-from vcpo_kernels.weights import usable
+from vcpo_kernels.sequences.baselines import check_groups, check_norms, check_rewards, group_baselines, grouped
+from vcpo_kernels.sequences.ess import usable
 
 STD_FLOOR = 1e-8  # as vcpo_loss: a smaller deviation does not divide
 

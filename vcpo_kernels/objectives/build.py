@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.objectives._token_loss import token_loss
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.objectives.common import CommonTerms, checked_terms
 from vcpo_kernels.objectives.correction import Correction, corrected_weights
 from vcpo_kernels.objectives.kl import ESTIMATORS
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, like_logp, times, token_batch
-from vcpo_kernels.segment_sum import segment_sum
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
-from vcpo_kernels.vcpo_coefficients import UNTRUNCATED_LIMIT, aggregation_scale
-from vcpo_kernels.weights import ess_from_moments, ess_moments
+from vcpo_kernels.rows.token_loss import token_loss
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
+from vcpo_kernels.sequences.segment_sum import segment_sum
+from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.vcpo_coefficients import UNTRUNCATED_LIMIT, aggregation_scale
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.objectives.build import TokenTerms, build_objective
 from vcpo_kernels.objectives.common import CommonTerms, finite_float
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.segments import Segments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

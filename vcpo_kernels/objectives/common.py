@@ -10,9 +10,9 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.objectives.kl import ESTIMATORS
-from vcpo_kernels.vcpo_coefficients import AGGREGATIONS
+from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS
 
 
 class CommonTerms(TypedDict, total=False):

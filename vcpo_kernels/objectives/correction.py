@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop
 
 MODES = ("truncate", "mask")

@@ -17,8 +17,8 @@ from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
 from vcpo_kernels.objectives.weighted import require_sequence_advantages
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.segments import Segments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.objectives.build import TokenTerms, build_objective
 from vcpo_kernels.objectives.common import CommonTerms, finite_float
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times
 from vcpo_kernels.objectives.weighted import require_sequence_advantages
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
-from vcpo_kernels.vcpo_coefficients import UNTRUNCATED_LIMIT
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.vcpo_coefficients import UNTRUNCATED_LIMIT
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.baselines import check_groups, check_rewards, group_baselines, grouped
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.objectives.tokens import like_logp
-from vcpo_kernels.segment_sum import segment_sum
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
-from vcpo_kernels.weights import check_segments
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.baselines import check_groups, check_rewards, group_baselines, grouped
+from vcpo_kernels.sequences.ess import check_segments
+from vcpo_kernels.sequences.segment_sum import segment_sum
+from vcpo_kernels.sequences.segments import Segments
 
 
 def optimal_token_advantages(

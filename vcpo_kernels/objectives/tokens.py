@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.segment_sum import segment_spread, segment_sum
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
-from vcpo_kernels.vcpo_coefficients import UNTRUNCATED_LIMIT
-from vcpo_kernels.weights import check_segments
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.ess import check_segments
+from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
+from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.vcpo_coefficients import UNTRUNCATED_LIMIT
 
 
 def exp_or_drop(log_values: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from vcpo_kernels.objectives.common import CommonTerms, finite_float
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.segments import Segments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

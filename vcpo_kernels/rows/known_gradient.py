@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels._library import LIBRARY, qualified
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
+from vcpo_kernels.core.library import LIBRARY, qualified
 
 LIBRARY.define("scale_(Tensor(a!) gradient, Tensor factor) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
 

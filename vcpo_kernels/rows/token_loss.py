@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels._library import LIBRARY, qualified, short_way
+from vcpo_kernels.core.library import LIBRARY, qualified, short_way
 
 LIBRARY.define(
     "token_loss(Tensor logp, Tensor entropy, Tensor coefficients, Tensor? entropy_coefficients, Tensor value) -> Tensor",

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks, _rows
-from vcpo_kernels._library import LIBRARY, qualified, short_way
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import registry
+from vcpo_kernels.core.library import LIBRARY, qualified, short_way
+from vcpo_kernels.rows import views as _rows
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 
 
 def row_groups(logits: Tensor, keep_last: bool) -> list[tuple[int, int]]:

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks, _head_inputs, _rows, _scale
-from vcpo_kernels._library import LIBRARY, qualified
-from vcpo_kernels.backends import registry
-from vcpo_kernels.token_stats import TokenStats, checked
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import registry
+from vcpo_kernels.core.library import LIBRARY, qualified
+from vcpo_kernels.head import arguments as _head_inputs
+from vcpo_kernels.rows import known_gradient as _scale
+from vcpo_kernels.rows import views as _rows
+from vcpo_kernels.rows.token_stats import TokenStats, checked
 
 
 def weighted_logp(

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vcpo_kernels import _checks, _deferred, _taps
-from vcpo_kernels._deferred_head import DeferredHead, HeadUse
-from vcpo_kernels._layout import Layout
-from vcpo_kernels._per_sequence import ParameterGradient, Product, squared_norms
-from vcpo_kernels.distributed_gradients import average_gradients
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.weights import check_segments
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.head import deferred as _deferred
+from vcpo_kernels.parallel.averaging import average_gradients
+from vcpo_kernels.sequence_gradients import module_rules as _taps
+from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product, squared_norms
+from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
+from vcpo_kernels.sequence_gradients.row_owners import Layout
+from vcpo_kernels.sequences.ess import check_segments
+from vcpo_kernels.sequences.segments import Segments
 
 WHERE = "SequenceGradients"
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vcpo_kernels._layout import Spans, wide
-from vcpo_kernels.outer_sqnorm import outer_sqnorm, outer_sqnorms
+from vcpo_kernels.sequence_gradients.outer_sqnorm import outer_sqnorm, outer_sqnorms
+from vcpo_kernels.sequence_gradients.row_owners import Spans, wide
 
 
 class Left(Protocol):

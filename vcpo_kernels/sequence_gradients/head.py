@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _head, _head_inputs
-from vcpo_kernels._head import Head
-from vcpo_kernels.linear_token_stats import Saved, from_scores, recompute_block, recomputed, taking_part
+from vcpo_kernels.head import arguments as _head_inputs
+from vcpo_kernels.head import operands as _head
+from vcpo_kernels.head.linear_token_stats import Saved, from_scores, recompute_block, recomputed, taking_part
+from vcpo_kernels.head.operands import Head
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vcpo_kernels._layout import Layout, Spans, wide
-from vcpo_kernels._per_sequence import Lookup, ParameterGradient, product_of
+from vcpo_kernels.sequence_gradients.factors import Lookup, ParameterGradient, product_of
+from vcpo_kernels.sequence_gradients.row_owners import Layout, Spans, wide
 
 Gradients = dict[str, ParameterGradient]  # of a module's own parameters that take part, by their names in it
 

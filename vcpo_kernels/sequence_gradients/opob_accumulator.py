@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
-from vcpo_kernels.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
-from vcpo_kernels.vcpo_coefficients import aggregation_scale, usable_below
-from vcpo_kernels.weights import check_segments, sequence_log_weights
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.ess import check_segments, sequence_log_weights
+from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
+from vcpo_kernels.sequences.vcpo_coefficients import aggregation_scale, usable_below
 
 WHERE = "OPOBAccumulator"
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels._library import LIBRARY, qualified
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
+from vcpo_kernels.core.library import LIBRARY, qualified
 
 FORMS = ("gram", "tile", "auto")
 
@@ -54,7 +54,7 @@ def outer_sqnorm(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, 
         [B], fp32 (float64 for float64 in). Products of bf16 and fp16 are accumulated in fp32. Not differentiable.
 
     >>> import torch
-    >>> from vcpo_kernels.outer_sqnorm import outer_sqnorm
+    >>> from vcpo_kernels.sequence_gradients.outer_sqnorm import outer_sqnorm
     >>> left, right = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1.0], [1.0], [2.0]])
     >>> outer_sqnorm(left, right, torch.tensor([0, 2, 3]), 2)
     tensor([ 9., 36.])

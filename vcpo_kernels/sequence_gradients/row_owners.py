@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vcpo_kernels.segments import Segments
+from vcpo_kernels.sequences.segments import Segments
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

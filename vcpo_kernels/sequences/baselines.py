@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.weights import usable
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.sequences.ess import usable
 
 
 @dataclass(frozen=True)

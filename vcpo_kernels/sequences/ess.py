@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.segment_sum import segment_sum
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.segment_sum import segment_sum
+from vcpo_kernels.sequences.segments import Segments
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels._library import LIBRARY, qualified
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
+from vcpo_kernels.core.library import LIBRARY, qualified
 
 LIBRARY.define(
     "segment_sum(Tensor values, Tensor? mask, Tensor offsets, Tensor? order) -> Tensor",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks
-from vcpo_kernels.segment_sum import segment_spread, segment_sum
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
 
 
 def without_first(mask: Tensor | None, offsets: Tensor, num_tokens: int) -> Tensor:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels import _checks, baselines
-from vcpo_kernels._library import LIBRARY, qualified, short_way
-from vcpo_kernels.segment_sum import segment_spread
-from vcpo_kernels.segments import Segments
-from vcpo_kernels.token_stats import TokenStats
-from vcpo_kernels.vcpo_coefficients import AGGREGATIONS, METRICS, vcpo_coefficients
-from vcpo_kernels.weights import check_segments, usable
+from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core.library import LIBRARY, qualified, short_way
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences import baselines
+from vcpo_kernels.sequences.ess import check_segments, usable
+from vcpo_kernels.sequences.segment_sum import segment_spread
+from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS, METRICS, vcpo_coefficients
 
 
 @dataclass(frozen=True)

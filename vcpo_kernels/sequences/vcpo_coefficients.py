@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vcpo_kernels._library import LIBRARY, qualified
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
+from vcpo_kernels.core.library import LIBRARY, qualified
 
 AGGREGATIONS = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean")
 

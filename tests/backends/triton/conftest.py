@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 
 @pytest.fixture(autouse=True)

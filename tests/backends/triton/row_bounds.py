@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.backends import registry
+from vcpo_kernels.core import registry
 
 NAMES = ("logp", "entropy", "score_sqnorm", "lse")
 PASSES = tuple(itertools.product((1.0, 0.7), (None, 30.0), (False, True)))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import row_inputs
 from tests.backends.triton.row_bounds import PASSES, assert_gradient_close
+from tests.rows import row_inputs
 from vcpo_kernels.backends.reference import token_stats as reference
 
 pytest.importorskip("triton")

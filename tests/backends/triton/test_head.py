@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.head_inputs import FIELDS, HeadInputs, distance, make, through_head, through_logits
+from tests.head.head_inputs import FIELDS, HeadInputs, distance, make, through_head, through_logits
 
 pytest.importorskip("triton")
 

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 import vcpo_kernels as vk
-from tests.test_outer_sqnorm import assert_close, batch
-from vcpo_kernels.outer_sqnorm import outer_sqnorm
+from tests.sequence_gradients.test_outer_sqnorm import assert_close, batch
+from vcpo_kernels.sequence_gradients.outer_sqnorm import outer_sqnorm
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

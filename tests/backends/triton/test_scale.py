@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests import row_inputs
+from tests.rows import row_inputs
 
 pytest.importorskip("triton")
 from vcpo_kernels.backends.triton import launch, scale

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import row_inputs
 from tests.backends.triton.row_bounds import PASSES, assert_gradient_close, assert_statistics_close
+from tests.rows import row_inputs
 from vcpo_kernels.backends.reference import score_rows as reference
 
 pytest.importorskip("triton")

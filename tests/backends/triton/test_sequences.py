@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from vcpo_kernels import baselines
 from vcpo_kernels.backends.reference import segment_spread as reference_spread
 from vcpo_kernels.backends.reference import segment_sum as reference_sum
 from vcpo_kernels.backends.reference import vcpo_coefficients as reference_coefficients
-from vcpo_kernels.vcpo_coefficients import AGGREGATIONS, SequenceResults
+from vcpo_kernels.sequences import baselines
+from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS, SequenceResults
 
 pytest.importorskip("triton")
 from vcpo_kernels.backends.triton import launch, segment_spread, segment_sum, vcpo_coefficients

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests import row_inputs
 from tests.backends.triton.row_bounds import NAMES, PASSES, assert_gradient_close, assert_statistics_close
+from tests.rows import row_inputs
 from vcpo_kernels.backends.reference import token_stats as reference
 
 pytest.importorskip("triton")

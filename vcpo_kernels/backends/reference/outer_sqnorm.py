@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vcpo_kernels.outer_sqnorm import FormCosts
+from vcpo_kernels.sequence_gradients.outer_sqnorm import FormCosts
 
 # Measured on two Zen 4 cores, fp32, 16 sequences of 256 rows: pairs of [512] and [512] take 9.7 ms in four strips of rows (12.1
 # in one, and 5/8 of the multiplications), tiles 13.0. A multiplication among pairs costs 1.2 of one in a tile.

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from vcpo_kernels import baselines, weights
 from vcpo_kernels.backends.reference import segment_sum
-from vcpo_kernels.segments import without_first
-from vcpo_kernels.vcpo_coefficients import SequenceResults, aggregation_scale, usable_below
+from vcpo_kernels.sequences import baselines
+from vcpo_kernels.sequences import ess as weights
+from vcpo_kernels.sequences.segments import without_first
+from vcpo_kernels.sequences.vcpo_coefficients import SequenceResults, aggregation_scale, usable_below
 
 
 def forward(

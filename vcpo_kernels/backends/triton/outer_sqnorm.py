@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vcpo_kernels.backends import registry
 from vcpo_kernels.backends.triton.launch import FUSION, launches, on_device_of
 from vcpo_kernels.backends.triton.segment_sum import segment_range
-from vcpo_kernels.outer_sqnorm import FormCosts
+from vcpo_kernels.core import registry
+from vcpo_kernels.sequence_gradients.outer_sqnorm import FormCosts
 
 # Half of the pairs and the diagonal blocks; what is added up stays in registers, and costs next to nothing. By count of
 # multiplications: no GPU has measured it.

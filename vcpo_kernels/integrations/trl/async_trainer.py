@@ -19,12 +19,12 @@ from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.trainer.base_config import _BaseConfig
 
 import vcpo_kernels as vk
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.integrations.trl.config import check_ess
 from vcpo_kernels.integrations.trl.options import ASYNC_GRPO, refuse_options
 from vcpo_kernels.integrations.trl.step import EssStep
 from vcpo_kernels.integrations.trl.window import behavior_logp
-from vcpo_kernels.vcpo_coefficients import usable_below
+from vcpo_kernels.sequences.vcpo_coefficients import usable_below
 
 
 @dataclass

@@ -9,11 +9,11 @@ from typing import Any
 from trl import GRPOConfig
 from trl.trainer.base_config import _BaseConfig
 
-from vcpo_kernels import _checks
-from vcpo_kernels.baselines import WEIGHTINGS
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.integrations.trl.options import AGGREGATION_OF, GRPO, refuse_options
+from vcpo_kernels.sequences.baselines import WEIGHTINGS
+from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS
 from vcpo_kernels.step_size import RULES
-from vcpo_kernels.vcpo_coefficients import AGGREGATIONS
 
 SCORE_NORMS = ("logit", "exact")
 NO_RULE = "none"

@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 import vcpo_kernels as vk
-from vcpo_kernels import _checks
+from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.integrations.trl.config import VCPOTrainingConfig
 from vcpo_kernels.integrations.trl.head import attach_head
 from vcpo_kernels.integrations.trl.step import EssStep

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from vcpo_kernels.vcpo_coefficients import (
+from vcpo_kernels.sequences.ess import EffectiveSampleSize
+from vcpo_kernels.sequences.vcpo_coefficients import (
     METRICS,
     UNTRUNCATED_LIMIT,
     SequenceResults,
@@ -22,7 +23,6 @@ from vcpo_kernels.vcpo_coefficients import (
     usable_below,
     vcpo_coefficients,
 )
-from vcpo_kernels.weights import EffectiveSampleSize
 
 # What is known of a sequence, in this order: L_i, n_i, R_i, the id of its group, |T_i|, and sums over its tokens of the
 # entropy and of the KL penalty.
