@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.sequences.ess import EffectiveSampleSize, ess_from_moments, ess_moments, merge_moments
 from vcpo_kernels.sequences.vcpo import VCPOOutput
@@ -78,30 +79,30 @@ class EssLearningRate:
         reference: float = 1.0,
         process_group: Any = None,
     ) -> None:
-        where = "EssLearningRate"
+        check = Check("EssLearningRate")
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"{where}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+            raise check.type_error(
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}. "
                 "Pass the inner optimizer of a wrapper (often `.optimizer`)."
             )
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            raise TypeError(
-                f"{where}: optimizer is a {type(optimizer).__name__} that wraps another and has no step hooks of its own. "
+            raise check.type_error(
+                f"optimizer is a {type(optimizer).__name__} that wraps another and has no step hooks of its own. "
                 "Pass the inner optimizer (often `.optimizer`)."
             )
         hooks = optimizer._optimizer_step_pre_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), EssLearningRate) for hook in hooks):
-            raise ValueError(f"{where}: optimizer has an EssLearningRate already. Call remove() on that one first.")
+            raise check.value_error("optimizer has an EssLearningRate already. Call remove() on that one first.")
         for i, group in enumerate(optimizer.param_groups):
             if not isinstance(group.get("lr"), (Tensor, int, float, numbers.Real)):
-                raise TypeError(
-                    f"{where}: optimizer's param_groups[{i}]['lr'] must be a number or a tensor, "
-                    f"got {_checks.describe(group.get('lr'))}. Give the optimizer a learning rate of its own."
+                raise check.type_error(
+                    f"optimizer's param_groups[{i}]['lr'] must be a number or a tensor, "
+                    f"got {checks.describe(group.get('lr'))}. Give the optimizer a learning rate of its own."
                 )
-        _checks.choice(where, "rule", rule, tuple(RULES))
+        check.choice("rule", rule, tuple(RULES))
         self.optimizer = optimizer
         self.exponent = RULES[rule]
-        self.reference = _checks.positive_float(where, "reference", reference) or 1.0
+        self.reference = check.positive_float("reference", reference)
         self.process_group = process_group
         self.ratio: Tensor | None = None
         self.scale: Tensor | None = None
@@ -120,7 +121,7 @@ class EssLearningRate:
         output: what `vcpo_loss`, an objective or `effective_sample_size` returned, or log-weights [B].
         """
         if isinstance(output, Tensor):
-            _checks.tensor("EssLearningRate.observe", "output", output, (torch.float32, torch.float64))
+            Check("EssLearningRate.observe").tensor("output", output, (torch.float32, torch.float64))
             moments = ess_moments(output.detach().flatten())
         elif isinstance(output, EffectiveSampleSize):
             moments = output.moments
@@ -129,7 +130,7 @@ class EssLearningRate:
         else:
             raise TypeError(
                 "EssLearningRate.observe: output must be a VCPOOutput, an EffectiveSampleSize or log-weights [B], or an "
-                f"ObjectiveOutput, got {_checks.describe(output)}."
+                f"ObjectiveOutput, got {checks.describe(output)}."
             )
         observation = _Observation(moments, None)
         if isinstance(output, (VCPOOutput, ObjectiveOutput)) and output.loss.requires_grad:

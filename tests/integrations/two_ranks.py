@@ -86,7 +86,7 @@ def announce(weight: torch.Tensor, log_weights: torch.Tensor) -> torch.Tensor:
     logp = weight + torch.zeros(log_weights.numel(), 1)
     mu = logp.detach() - log_weights[:, None]
     segments = vk.Segments.padded(torch.ones_like(logp))
-    result = weighted_advantages("test", logp, mu, torch.ones_like(logp), segments, 8.0)
+    result = weighted_advantages(Check("test"), logp, mu, torch.ones_like(logp), segments, 8.0)
     loss = result.surrogate(logp).sum()
     _ess_channel.publish("test", result, loss, "Attach one.")
     return loss

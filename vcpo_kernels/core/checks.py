@@ -26,114 +26,136 @@ def describe(value: Any) -> str:
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
 
-def tensor(where: str, name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None, fix: str = "") -> None:
-    """Raise unless `value` is a tensor of one of `dtypes`."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{where}: {name} must be a torch.Tensor, got {describe(value)}. {fix}".rstrip())
-    if dtypes is not None and value.dtype not in dtypes:
-        wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{where}: {name} must be one of {wanted}, got {describe(value)}. {fix}".rstrip())
-
-
-def shape(where: str, name: str, value: Tensor, want: Sequence[int], because: str, fix: str = "") -> None:
-    """Raise unless `value` has exactly the shape `want`."""
-    if tuple(value.shape) != tuple(want):
-        raise ValueError(
-            f"{where}: {name} must have shape {tuple(want)} ({because}), got {describe(value)}. {fix}".rstrip()
-        )
-
-
-def same_device(where: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise unless two tensors live on one device."""
-    if value.device != other.device:
-        raise ValueError(
-            f"{where}: {name} is on {value.device} but {other_name} is on {other.device}. "
-            f"Move it: {name}.to({other_name}.device)."
-        )
-
-
-def positive_float(where: str, name: str, value: Any, optional: bool = False) -> float | None:
-    """A finite float > 0 (or None where that is allowed), from any Python or numpy number.
-
-    Tensors are refused, since reading them would synchronise.
-    """
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
-        also = " or None" if optional else ""
-        hint = f" Pass a Python number: float({name})." if isinstance(value, Tensor) else ""
-        raise TypeError(f"{where}: {name} must be a float > 0{also}, got {describe(value)}.{hint}")
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{where}: {name} must be finite and > 0, got {value!r}.")
-    return number
-
-
-def integer(where: str, name: str, value: Any, minimum: int) -> int:
-    """An int >= minimum, from a Python or numpy integer."""
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
-        hint = f" Pass a Python number: int({name})." if isinstance(value, Tensor) else ""
-        raise TypeError(f"{where}: {name} must be an int >= {minimum}, got {describe(value)}.{hint}")
-    if value < minimum:
-        raise ValueError(f"{where}: {name} must be an int >= {minimum}, got {value!r}.")
-    return value if isinstance(value, int) else int(value)
-
-
-def boolean(where: str, name: str, value: Any) -> bool:
-    """A bool, Python's or numpy's."""
-    if isinstance(value, bool):
-        return value
-    if not isinstance(value, Tensor) and hasattr(value, "item") and isinstance(value.item(), bool):
-        return bool(value)
-    raise TypeError(f"{where}: {name} must be a bool, got {describe(value)}.")
-
-
-def vocabulary_ids(where: str, token_ids: Tensor, live: Tensor | None, vocabulary: int) -> None:
-    """Raise unless every live id lies in [0, vocabulary). Reads the data: for `readable` tensors."""
-    bad = (token_ids < 0) | (token_ids >= vocabulary)
-    if live is not None:
-        bad &= live
-    if bool(bad.any()):
-        at = int(bad.flatten().nonzero()[0])
-        raise ValueError(
-            f"{where}: token_ids must lie in [0, {vocabulary}) where the mask is true, got "
-            f"{int(token_ids.flatten()[at])} at flat position {at} ({int(bad.sum())} such). "
-            "Mask padding out (mask = token_ids != pad), or check that tokenizer and head agree on the vocabulary."
-        )
-
-
-def not_a_leaf(where: str, name: str, logits: Tensor) -> None:
-    """Raise where an in-place gradient would take the place of a parameter's values."""
-    if logits.requires_grad and logits.is_leaf:
-        raise ValueError(
-            f"{where}: {name}=True would overwrite a leaf tensor's values with its gradient. "
-            f"Pass logits that a module computed, or leave {name}=False."
-        )
-
-
-def choice(where: str, name: str, value: Any, options: Sequence[str]) -> None:
-    """Raise unless `value` is one of the named options."""
-    if value not in options:
-        listed = ", ".join(repr(o) for o in options)
-        raise ValueError(f"{where}: {name} must be one of {listed}, got {value!r}.")
-
-
 def readable(value: Tensor) -> bool:
     """True where a check may look at the data: a real CPU tensor, not inside torch.compile."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def as_mask(where: str, name: str, value: Any) -> Tensor:
-    """A bool mask from a bool, integer or 0/1 float one (trainers use all three). Any other value is refused."""
-    tensor(where, name, value)
-    if value.dtype == torch.bool:
-        return value
-    if value.is_complex():
-        raise TypeError(f"{where}: {name} must be a bool, integer or 0/1 float tensor, got {describe(value)}.")
-    mask = value != 0
-    if readable(value) and not bool((mask == (value == 1)).all()):
-        raise ValueError(
-            f"{where}: {name} must hold only 0 and 1, got other values in {describe(value)}. "
-            f"Token weights do not belong in the mask; multiply coefficients instead. Fix: ({name} > 0)."
-        )
-    return mask
+class Check:
+    """The checks of one function, which its errors begin with.
+
+    >>> from vcpo_kernels.core.checks import Check
+    >>> Check("token_stats").positive_float("temperature", 0.7)
+    0.7
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def value_error(self, message: str) -> ValueError:
+        """To be raised: `message` after the function's name."""
+        return ValueError(f"{self.where}: {message}".rstrip())
+
+    def type_error(self, message: str) -> TypeError:
+        """To be raised: `message` after the function's name."""
+        return TypeError(f"{self.where}: {message}".rstrip())
+
+    def runtime_error(self, message: str) -> RuntimeError:
+        """To be raised: `message` after the function's name."""
+        return RuntimeError(f"{self.where}: {message}".rstrip())
+
+    def tensor(self, name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None, fix: str = "") -> None:
+        """Raise unless `value` is a tensor of one of `dtypes`."""
+        if not isinstance(value, Tensor):
+            raise self.type_error(f"{name} must be a torch.Tensor, got {describe(value)}. {fix}")
+        if dtypes is not None and value.dtype not in dtypes:
+            wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise self.type_error(f"{name} must be one of {wanted}, got {describe(value)}. {fix}")
+
+    def shape(self, name: str, value: Tensor, want: Sequence[int], because: str, fix: str = "") -> None:
+        """Raise unless `value` has exactly the shape `want`."""
+        if tuple(value.shape) != tuple(want):
+            raise self.value_error(f"{name} must have shape {tuple(want)} ({because}), got {describe(value)}. {fix}")
+
+    def same_device(self, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+        """Raise unless two tensors live on one device."""
+        if value.device != other.device:
+            raise self.value_error(
+                f"{name} is on {value.device} but {other_name} is on {other.device}. "
+                f"Move it: {name}.to({other_name}.device)."
+            )
+
+    def positive_float(self, name: str, value: Any) -> float:
+        """A finite float > 0, from any Python or numpy number. Tensors are refused: reading them would synchronise."""
+        return self._positive_float(name, value, "a float > 0")
+
+    def optional_positive_float(self, name: str, value: Any) -> float | None:
+        """As `positive_float`, or None."""
+        return None if value is None else self._positive_float(name, value, "a float > 0 or None")
+
+    def _positive_float(self, name: str, value: Any, wanted: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+            hint = f" Pass a Python number: float({name})." if isinstance(value, Tensor) else ""
+            raise self.type_error(f"{name} must be {wanted}, got {describe(value)}.{hint}")
+        number = float(value)
+        if not (math.isfinite(number) and number > 0):
+            raise self.value_error(f"{name} must be finite and > 0, got {value!r}.")
+        return number
+
+    def finite_float(self, name: str, value: Any, minimum: float = -math.inf) -> float:
+        """A finite float >= minimum."""
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+            raise self.type_error(f"{name} must be a number, got {describe(value)}.")
+        number = float(value)
+        if not math.isfinite(number) or number < minimum:
+            bound = f" and >= {minimum:g}" if minimum > -math.inf else ""
+            raise self.value_error(f"{name} must be finite{bound}, got {value!r}.")
+        return number
+
+    def integer(self, name: str, value: Any, minimum: int) -> int:
+        """An int >= minimum, from a Python or numpy integer."""
+        if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+            hint = f" Pass a Python number: int({name})." if isinstance(value, Tensor) else ""
+            raise self.type_error(f"{name} must be an int >= {minimum}, got {describe(value)}.{hint}")
+        if value < minimum:
+            raise self.value_error(f"{name} must be an int >= {minimum}, got {value!r}.")
+        return value if isinstance(value, int) else int(value)
+
+    def boolean(self, name: str, value: Any) -> bool:
+        """A bool, Python's or numpy's."""
+        if isinstance(value, bool):
+            return value
+        if not isinstance(value, Tensor) and hasattr(value, "item") and isinstance(value.item(), bool):
+            return bool(value)
+        raise self.type_error(f"{name} must be a bool, got {describe(value)}.")
+
+    def choice(self, name: str, value: Any, options: Sequence[str]) -> None:
+        """Raise unless `value` is one of the named options."""
+        if value not in options:
+            raise self.value_error(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}.")
+
+    def mask(self, name: str, value: Any) -> Tensor:
+        """A bool mask from a bool, integer or 0/1 float one (trainers use all three). Any other value is refused."""
+        self.tensor(name, value)
+        if value.dtype == torch.bool:
+            return value
+        if value.is_complex():
+            raise self.type_error(f"{name} must be a bool, integer or 0/1 float tensor, got {describe(value)}.")
+        mask = value != 0
+        if readable(value) and not bool((mask == (value == 1)).all()):
+            raise self.value_error(
+                f"{name} must hold only 0 and 1, got other values in {describe(value)}. "
+                f"Token weights do not belong in the mask; multiply coefficients instead. Fix: ({name} > 0)."
+            )
+        return mask
+
+    def vocabulary_ids(self, token_ids: Tensor, valid: Tensor | None, vocabulary: int) -> None:
+        """Raise unless every valid id lies in [0, vocabulary). Reads the data: for `readable` tensors."""
+        bad = (token_ids < 0) | (token_ids >= vocabulary)
+        if valid is not None:
+            bad &= valid
+        if bool(bad.any()):
+            at = int(bad.flatten().nonzero()[0])
+            raise self.value_error(
+                f"token_ids must lie in [0, {vocabulary}) where the mask is true, got "
+                f"{int(token_ids.flatten()[at])} at flat position {at} ({int(bad.sum())} such). "
+                "Mask padding out (mask = token_ids != pad), or check that tokenizer and head agree on the vocabulary."
+            )
+
+    def not_a_leaf(self, name: str, logits: Tensor) -> None:
+        """Raise where an in-place gradient would take the place of a parameter's values."""
+        if logits.requires_grad and logits.is_leaf:
+            raise self.value_error(
+                f"{name}=True would overwrite a leaf tensor's values with its gradient. "
+                f"Pass logits that a module computed, or leave {name}=False."
+            )

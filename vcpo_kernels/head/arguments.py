@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head.operands import stats_dtype
 
 
 def checked(
-    where: str,
+    check: Check,
     hidden: Any,
     weight: Any,
     token_ids: Any,
@@ -23,37 +24,37 @@ def checked(
     shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, float, float | None]:
     """The operands in one dtype, ids as int64, the mask as bool, the numbers as floats; or an error naming the argument."""
-    _checks.tensor(where, "hidden", hidden, _checks.FLOAT_DTYPES)
+    check.tensor("hidden", hidden, checks.FLOAT_DTYPES)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
-        raise ValueError(f"{where}: hidden must be [.., H] with H >= 1, got {_checks.describe(hidden)}.")
-    _checks.tensor(where, "weight", weight, _checks.FLOAT_DTYPES)
+        raise check.value_error(f"hidden must be [.., H] with H >= 1, got {checks.describe(hidden)}.")
+    check.tensor("weight", weight, checks.FLOAT_DTYPES)
     if hasattr(weight, "full_tensor"):
-        raise TypeError(
-            f"{where}: weight is a DTensor, of which this rank holds a part. Pass weight.full_tensor(), or call inside the "
+        raise check.type_error(
+            "weight is a DTensor, of which this rank holds a part. Pass weight.full_tensor(), or call inside the "
             "module whose forward gathers it."
         )
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{where}: weight must be [V, {hidden.shape[-1]}] (hidden.shape[-1]), got {_checks.describe(weight)}. "
+        raise check.value_error(
+            f"weight must be [V, {hidden.shape[-1]}] (hidden.shape[-1]), got {checks.describe(weight)}. "
             "It is an nn.Linear's weight; one stored as [H, V] goes in as weight.T."
         )
-    _checks.same_device(where, "weight", weight, "hidden", hidden)
+    check.same_device("weight", weight, "hidden", hidden)
     if bias is not None:
-        _checks.tensor(where, "bias", bias, _checks.FLOAT_DTYPES)
-        _checks.shape(where, "bias", bias, weight.shape[:1], "weight.shape[0]")
-        _checks.same_device(where, "bias", bias, "hidden", hidden)
-    _checks.tensor(where, "token_ids", token_ids, _checks.ID_DTYPES, "Convert it: token_ids.long().")
+        check.tensor("bias", bias, checks.FLOAT_DTYPES)
+        check.shape("bias", bias, weight.shape[:1], "weight.shape[0]")
+        check.same_device("bias", bias, "hidden", hidden)
+    check.tensor("token_ids", token_ids, checks.ID_DTYPES, "Convert it: token_ids.long().")
     fix = "With hidden[:, :-1] pass token_ids[:, 1:], or pass both whole with shift=True."
-    _checks.shape(where, "token_ids", token_ids, hidden.shape[:-1], "hidden.shape[:-1]", fix)
-    _checks.same_device(where, "token_ids", token_ids, "hidden", hidden)
+    check.shape("token_ids", token_ids, hidden.shape[:-1], "hidden.shape[:-1]", fix)
+    check.same_device("token_ids", token_ids, "hidden", hidden)
     if mask is not None:
-        mask = _checks.as_mask(where, "mask", mask)
-        _checks.shape(where, "mask", mask, token_ids.shape, "token_ids.shape")
-        _checks.same_device(where, "mask", mask, "hidden", hidden)
+        mask = check.mask("mask", mask)
+        check.shape("mask", mask, token_ids.shape, "token_ids.shape")
+        check.same_device("mask", mask, "hidden", hidden)
     if shift and hidden.dim() < 2:
-        raise ValueError(f"{where}: shift=True wants hidden [.., T, H], got {_checks.describe(hidden)}.")
-    temperature = _checks.positive_float(where, "temperature", temperature)
-    softcap = _checks.positive_float(where, "softcap", softcap, optional=True)
+        raise check.value_error(f"shift=True wants hidden [.., T, H], got {checks.describe(hidden)}.")
+    temperature = check.positive_float("temperature", temperature)
+    softcap = check.optional_positive_float("softcap", softcap)
     hidden, weight, bias = _in_one_dtype(hidden, weight, bias)
     return hidden, weight, bias, token_ids.to(torch.int64), mask, temperature, softcap
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from vcpo_kernels.core.checks import Check
+
 
 class Deferral(Protocol):
     """Somebody who forms the gradients of some parameters later."""
@@ -34,10 +36,10 @@ def deferral_of(*parameters: Tensor | None) -> Deferral | None:
     return None
 
 
-def refuse(where: str, instead: str, *parameters: Tensor | None) -> None:
+def refuse(check: Check, instead: str, *parameters: Tensor | None) -> None:
     """Raise where a gradient that this function would form itself is deferred."""
     if active and deferral_of(*parameters) is not None:
-        raise RuntimeError(
-            f"{where}: its gradients are formed in the forward, those of each sequence added up, but SequenceGradients "
+        raise check.runtime_error(
+            f"its gradients are formed in the forward, those of each sequence added up, but SequenceGradients "
             f"needs them apart. Inside `with SequenceGradients(model)` use {instead}."
         )

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
 from vcpo_kernels.core import registry
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.library import LIBRARY, qualified
 from vcpo_kernels.head import arguments as _head_inputs
 from vcpo_kernels.head import deferred as _deferred
@@ -82,14 +82,14 @@ def linear_token_stats(
     >>> weight.grad[:, 0]
     tensor([ 0.2500,  1.2500, -0.7500, -0.7500])
     """
-    where = "linear_token_stats"
-    _checks.choice(where, "memory", memory, MEMORY)
-    chunk_bytes = _checks.integer(where, "chunk_bytes", chunk_bytes, 1)
+    check = Check("linear_token_stats")
+    check.choice("memory", memory, MEMORY)
+    chunk_bytes = check.integer("chunk_bytes", chunk_bytes, 1)
     if fast_bytes is not None:
-        fast_bytes = _checks.integer(where, "fast_bytes", fast_bytes, 0)
+        fast_bytes = check.integer("fast_bytes", fast_bytes, 0)
     parameters, deferral = (weight, bias), _deferred.deferral_of(weight, bias)
     hidden, weight, bias, token_ids, mask, temperature, softcap = _head_inputs.checked(
-        where, hidden, weight, token_ids, bias, mask, temperature, softcap, shift
+        check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift
     )
     arguments = (
         hidden, weight, bias, token_ids, mask, temperature, softcap, shift, memory, chunk_bytes, fast_bytes
@@ -128,7 +128,7 @@ def _linear_token_stats(
     temperature: float, softcap: float | None, shift: bool, memory: str, chunk_bytes: int, fast_bytes: int | None,
     needs_hidden: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _rows.check_ids("linear_token_stats", token_ids, mask, len(weight), shift)
+    _rows.check_ids(Check("linear_token_stats"), token_ids, mask, len(weight), shift)
     entries = _head.live_entries(token_ids, mask, shift)
     head = _head.gathered(hidden, weight, bias, token_ids, mask, entries, temperature, softcap, shift)
     stats, targets = (

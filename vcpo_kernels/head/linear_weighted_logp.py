@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.library import LIBRARY, qualified
 from vcpo_kernels.head import arguments as _head_inputs
 from vcpo_kernels.head import deferred as _deferred
@@ -68,13 +68,13 @@ def linear_weighted_logp(
     Raises:
         TypeError, ValueError: as `linear_token_stats`.
     """
-    where = "linear_weighted_logp"
-    chunk_bytes = _checks.integer(where, "chunk_bytes", chunk_bytes, 1)
-    _deferred.refuse(where, "linear_token_stats, and accumulate_ with the coefficients", weight, bias)
+    check = Check("linear_weighted_logp")
+    chunk_bytes = check.integer("chunk_bytes", chunk_bytes, 1)
+    _deferred.refuse(check, "linear_token_stats, and accumulate_ with the coefficients", weight, bias)
     hidden, weight, bias, token_ids, mask, temperature, softcap = _head_inputs.checked(
-        where, hidden, weight, token_ids, bias, mask, temperature, softcap, shift
+        check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift
     )
-    coefficients = checked_coefficients(where, coefficients, token_ids, hidden)
+    coefficients = checked_coefficients(check, coefficients, token_ids, hidden)
     loss, *statistics = torch.ops.vcpo_kernels.linear_weighted_logp(
         hidden, weight, bias, token_ids, mask, coefficients, temperature, softcap, shift, chunk_bytes,
         *_head_inputs.needs_grad(hidden, weight, bias),
@@ -99,7 +99,7 @@ def _linear_weighted_logp(
     temperature: float, softcap: float | None, shift: bool, chunk_bytes: int,
     needs_hidden: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _rows.check_ids("linear_weighted_logp", token_ids, mask, len(weight), shift)
+    _rows.check_ids(Check("linear_weighted_logp"), token_ids, mask, len(weight), shift)
     entries = _head.live_entries(token_ids, mask, shift)
     head = _head.gathered(hidden, weight, bias, token_ids, mask, entries, temperature, softcap, shift)
     c = _head.live_values(coefficients, entries)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head.linear_token_stats import linear_token_stats
 from vcpo_kernels.head.linear_weighted_logp import linear_weighted_logp
 from vcpo_kernels.rows.token_stats import TokenStats
@@ -62,7 +63,7 @@ class HeadOutput:
         **options: Any,
     ) -> TokenStats:
         """`token_stats(model(..).logits, token_ids, mask, temperature, shift=shift)`. options: see linear_token_stats."""
-        scaling = self._scaling("token_stats", temperature)
+        scaling = self._scaling(Check("token_stats"), temperature)
         return linear_token_stats(
             self.hidden, self.weight, token_ids, self.bias, mask, **scaling, shift=shift, **options
         )
@@ -77,14 +78,14 @@ class HeadOutput:
         **options: Any,
     ) -> tuple[Tensor, TokenStats]:
         """`weighted_logp(model(..).logits, token_ids, coefficients, ..)`. options: see linear_weighted_logp."""
-        scaling = self._scaling("weighted_logp", temperature)
+        scaling = self._scaling(Check("weighted_logp"), temperature)
         return linear_weighted_logp(
             self.hidden, self.weight, token_ids, coefficients, self.bias, mask, **scaling, shift=shift, **options
         )
 
-    def _scaling(self, where: str, temperature: float) -> dict[str, Any]:
+    def _scaling(self, check: Check, temperature: float) -> dict[str, Any]:
         """c tanh(s z / c) = s (c / s) tanh(z / (c / s)): the scale goes into softcap and temperature."""
-        number = _checks.positive_float(where, "temperature", temperature)
+        number = check.positive_float("temperature", temperature)
         assert number is not None
         softcap = None if self.softcap is None else self.softcap / self.scale
         return {"temperature": number / self.scale, "softcap": softcap}
@@ -203,23 +204,23 @@ def patch_head(model: nn.Module) -> PatchedHead:
     ...     stats = model(ids).token_stats(ids)
     >>> torch.testing.assert_close(stats.logp, vk.token_stats(model(ids).logits, ids, shift=True).logp)
     """
-    where = "patch_head"
+    check = Check("patch_head")
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{where}: model must be an nn.Module, got {_checks.describe(model)}.")
+        raise check.type_error(f"model must be an nn.Module, got {checks.describe(model)}.")
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     if head is None:
-        raise TypeError(
-            f"{where}: {type(model).__name__} has no head: model.get_output_embeddings() must return its nn.Linear. "
+        raise check.type_error(
+            f"{type(model).__name__} has no head: model.get_output_embeddings() must return its nn.Linear. "
             "For a wrapped model (DDP, FSDP) patch the model inside."
         )
     if type(head).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"{where}: the head is a {type(head).__module__}.{type(head).__qualname__}, wanted a plain nn.Linear. "
+        raise check.type_error(
+            f"the head is a {type(head).__module__}.{type(head).__qualname__}, wanted a plain nn.Linear. "
             "Leave the head out of the adapter's target modules or of quantisation, or merge the adapter first."
         )
     if "_vcpo_patched_head" in model.__dict__ or isinstance(getattr(head.forward, "__self__", None), PatchedHead):
-        raise ValueError(f"{where}: {type(model).__name__} is patched already. Call .restore() on that patch first.")
+        raise check.value_error(f"{type(model).__name__} is patched already. Call .restore() on that patch first.")
     return PatchedHead(model, head)
 
 

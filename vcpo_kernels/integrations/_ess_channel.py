@@ -13,6 +13,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations._given_advantages import WeightedAdvantages
 from vcpo_kernels.step_size import EssLearningRate
 
@@ -96,7 +97,7 @@ def attached() -> list[EssLearningRate]:
     return list(_PROCESS.rates)
 
 
-def publish(where: str, result: WeightedAdvantages, loss: torch.Tensor, how: str) -> None:
+def publish(check: Check, result: WeightedAdvantages, loss: torch.Tensor, how: str) -> None:
     """Announce a micro-batch to every attached rate. `how`: how to attach one, for the warning that there is none.
 
     A loss that takes no gradient (evaluation) is no part of any step.
@@ -112,4 +113,4 @@ def publish(where: str, result: WeightedAdvantages, loss: torch.Tensor, how: str
         _PROCESS.waiting.append(output)
     elif not _PROCESS.warned:
         _PROCESS.warned = True
-        warnings.warn(f"{where}: no optimizer is attached, so steps are not scaled by ESS. {how}", stacklevel=3)
+        warnings.warn(f"{check.where}: no optimizer is attached, so steps are not scaled by ESS. {how}", stacklevel=3)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.sequences.ess import check_segments, ess_from_moments, ess_moments
 from vcpo_kernels.sequences.segments import Segments
 from vcpo_kernels.sequences.vcpo import VCPOOutput
@@ -50,7 +51,7 @@ class WeightedAdvantages:
 
 
 def weighted_advantages(
-    where: str,
+    check: Check,
     logp: Tensor,
     behavior_logp: Tensor,
     advantages: Tensor,
@@ -65,13 +66,13 @@ def weighted_advantages(
     +inf, or one of whose advantages is not finite (an error on the CPU), is dropped, counted in metrics["nonfinite_sequences"]
     and stays in ESS's denominator.
     """
-    check_segments(where, segments)
-    max_weight = _checks.positive_float(where, "max_weight", max_weight, optional=True)
+    check_segments(check, segments)
+    max_weight = check.optional_positive_float("max_weight", max_weight)
     dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
     wide = []
     for name, value in (("logp", logp), ("behavior_logp", behavior_logp), ("advantages", advantages)):
-        _checks.tensor(where, name, value, _checks.FLOAT_DTYPES)
-        segments.flat(where, name, value)
+        check.tensor(name, value, checks.FLOAT_DTYPES)
+        segments.flat(check, name, value)
         wide.append(value.detach().to(dtype).reshape(logp.shape))
     theta, mu, given = wide
     valid = segments.lengths > 0
@@ -79,9 +80,9 @@ def weighted_advantages(
     if extra_log_weights is not None:
         log_weights = log_weights + torch.where(valid, extra_log_weights.detach().double(), 0.0)
     finite = segments.sum((~given.isfinite()).to(dtype)) == 0
-    if _checks.readable(given) and not bool(finite.all()):
-        raise ValueError(
-            f"{where}: advantages must be finite at the tokens that count, got {int((~finite).sum())} sequences with NaN "
+    if checks.readable(given) and not bool(finite.all()):
+        raise check.value_error(
+            f"advantages must be finite at the tokens that count, got {int((~finite).sum())} sequences with NaN "
             "or inf. Look for a group without rewards, or for a division by a standard deviation of 0."
         )
     ok = valid & (log_weights < usable_below(max_weight)) & finite

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations import _ess_channel
 from vcpo_kernels.integrations._given_advantages import weighted_advantages
 from vcpo_kernels.sequences.segments import Segments
 
 WHERE = "vcpo_loss (prime-rl)"
+CHECK = Check(WHERE)
 
 attach_to_next_optimizer = _ess_channel.attach_to_next_optimizer
 
@@ -46,16 +48,16 @@ def vcpo_loss(inputs: Any, max_weight: float | None = 8.0) -> Any:
         max_weight = None
     loss_weights = getattr(inputs, "loss_weights", None)
     if loss_weights is not None:
-        _checks.shape(WHERE, "inputs.loss_weights", loss_weights, advantages.shape, "inputs.advantages.shape")
+        CHECK.shape("inputs.loss_weights", loss_weights, advantages.shape, "inputs.advantages.shape")
         advantages = advantages * loss_weights
     segments = Segments.padded(loss_mask[None])
-    result = weighted_advantages(WHERE, logp, behavior_logp, advantages, segments, max_weight)
+    result = weighted_advantages(CHECK, logp, behavior_logp, advantages, segments, max_weight)
     loss = result.surrogate(logp).sum()
     how = (
         "Name a module of your own in import_path, with attach_to_next_optimizer() and vcpo_loss from "
         "vcpo_kernels.integrations.prime_rl in it (docs/prime_rl.md)."
     )
-    _ess_channel.publish(WHERE, result, loss, how)
+    _ess_channel.publish(CHECK, result, loss, how)
     metrics = {
         "vcpo/log_weight": result.metrics["log_weight_mean"],
         "vcpo/truncated": result.metrics["truncated_fraction"],
@@ -67,9 +69,9 @@ def vcpo_loss(inputs: Any, max_weight: float | None = 8.0) -> Any:
 
 def _field(inputs: Any, name: str) -> torch.Tensor:
     value = getattr(inputs, name, None)
-    _checks.tensor(WHERE, f"inputs.{name}", value, fix="Pass prime-rl's LossInputs.")
+    CHECK.tensor(f"inputs.{name}", value, fix="Pass prime-rl's LossInputs.")
     if value.dim() != 1:  # type: ignore[union-attr]
-        raise ValueError(f"{WHERE}: inputs.{name} must be [seq], one sequence per call, got {_checks.describe(value)}.")
+        raise CHECK.value_error(f"inputs.{name} must be [seq], one sequence per call, got {checks.describe(value)}.")
     return value  # type: ignore[return-value]
 
 
@@ -86,8 +88,8 @@ def _loss_outputs(inputs: Any) -> Any:
     module = sys.modules.get(type(inputs).__module__)
     outputs = getattr(module, "LossOutputs", None)
     if outputs is None:
-        raise TypeError(
-            f"{WHERE}: inputs must be prime-rl's LossInputs, whose module has LossOutputs too, "
-            f"got {_checks.describe(type(inputs))}."
+        raise CHECK.type_error(
+            f"inputs must be prime-rl's LossInputs, whose module has LossOutputs too, "
+            f"got {checks.describe(type(inputs))}."
         )
     return outputs

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations import _ess_channel
 from vcpo_kernels.integrations._given_advantages import weighted_advantages
 from vcpo_kernels.rows.token_stats import token_stats
@@ -22,6 +23,7 @@ from vcpo_kernels.sequences.segments import Segments
 from vcpo_kernels.step_size import EssLearningRate
 
 WHERE = "vcpo_loss (slime)"
+CHECK = Check(WHERE)
 
 # slime's arguments that this loss cannot honour: (name, the value that means "off", why not, what to do).
 _REFUSED: tuple[tuple[str, Any, str, str], ...] = (
@@ -66,9 +68,9 @@ def vcpo_loss(
         TypeError, ValueError: tensors that do not fit.
     """
     _check_arguments(args)
-    _checks.tensor(WHERE, "logits", logits, _checks.FLOAT_DTYPES)
+    CHECK.tensor("logits", logits, checks.FLOAT_DTYPES)
     if logits.dim() != 3 or logits.shape[0] != 1:
-        raise ValueError(f"{WHERE}: logits must be [1, T, V], got {_checks.describe(logits)}.")
+        raise CHECK.value_error(f"logits must be [1, T, V], got {checks.describe(logits)}.")
     lengths = [int(n) for n in batch["response_lengths"]]
     ids, live, positions = _layout(batch, lengths, logits)
     temperature = float(getattr(args, "rollout_temperature", 1.0))
@@ -80,15 +82,15 @@ def vcpo_loss(
         name: torch.cat([t.to(logits.device) for t in batch[name]]) for name in ("advantages", "rollout_log_probs")
     }
     for name, value in joined.items():
-        _checks.shape(WHERE, f"batch[{name!r}]", value, logp.shape, "one entry per response token")
+        CHECK.shape(f"batch[{name!r}]", value, logp.shape, "one entry per response token")
     max_weight = getattr(args, "vcpo_max_weight", 8.0)
-    result = weighted_advantages(WHERE, logp, joined["rollout_log_probs"], joined["advantages"], segments, max_weight)
+    result = weighted_advantages(CHECK, logp, joined["rollout_log_probs"], joined["advantages"], segments, max_weight)
     policy = sum_of_sample_mean(result.surrogate(logp))
     entropy_mean = sum_of_sample_mean(entropy)
     coefficient = float(getattr(args, "entropy_coef", 0.0))
     loss = policy - coefficient * entropy_mean if coefficient else policy
     how = "Pass --custom-megatron-before-train-step-hook-path vcpo_kernels.integrations.slime.before_train_step."
-    _ess_channel.publish(WHERE, result, loss, how)
+    _ess_channel.publish(CHECK, result, loss, how)
     metrics = {"loss": loss, "pg_loss": policy, "entropy_loss": entropy_mean}
     for name, per_sequence in _per_sequence_metrics(result.log_weights, max_weight).items():
         metrics[name] = sum_of_sample_mean(segments.spread(per_sequence, like=logp))
@@ -99,21 +101,21 @@ def _check_arguments(args: Any) -> None:
     for name, off, why, fix in _REFUSED:
         value = getattr(args, name, off)
         if value != off:
-            raise ValueError(f"{WHERE}: {name}={value!r} cannot be honoured: {why}. {fix}")
+            raise CHECK.value_error(f"{name}={value!r} cannot be honoured: {why}. {fix}")
 
 
 def _layout(batch: dict[str, Any], lengths: list[int], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """ids [T]; live [T], the response tokens that count; positions [sum of response lengths] of all response tokens."""
     if not batch.get("rollout_log_probs"):
-        raise ValueError(
-            f"{WHERE}: batch has no rollout_log_probs, so what the sampler's policy was is not known. Have the rollout set "
+        raise CHECK.value_error(
+            "batch has no rollout_log_probs, so what the sampler's policy was is not known. Have the rollout set "
             "Sample.rollout_log_probs, as slime's own does."
         )
     device, columns = logits.device, logits.shape[1]
     totals = [int(n) for n in batch["total_lengths"]]
     if sum(totals) > columns:
-        raise ValueError(
-            f"{WHERE}: logits have {columns} positions for sequences of {sum(totals)} tokens. With context parallelism a rank "
+        raise CHECK.value_error(
+            f"logits have {columns} positions for sequences of {sum(totals)} tokens. With context parallelism a rank "
             "holds part of them: set context_parallel_size=1."
         )
     ids = torch.zeros(columns, dtype=torch.int64, device=device)
@@ -121,12 +123,12 @@ def _layout(batch: dict[str, Any], lengths: list[int], logits: Tensor) -> tuple[
     positions, end = [], 0
     for tokens, mask, total, length in zip(batch["unconcat_tokens"], batch["loss_masks"], totals, lengths, strict=True):
         if not 0 <= length < total:
-            raise ValueError(
-                f"{WHERE}: a response of {length} tokens in a sequence of {total} leaves no prompt to predict it from."
+            raise CHECK.value_error(
+                f"a response of {length} tokens in a sequence of {total} leaves no prompt to predict it from."
             )
         ids[end : end + total] = tokens.to(device)
         end += total
-        live[end - length : end] = _checks.as_mask(WHERE, "loss_masks", mask.to(device))
+        live[end - length : end] = CHECK.mask("loss_masks", mask.to(device))
         positions.append(torch.arange(end - length, end, device=device))
     return ids, live, torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64, device=device)
 

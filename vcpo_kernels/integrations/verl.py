@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations import _ess_channel
 from vcpo_kernels.integrations._given_advantages import weighted_advantages
 from vcpo_kernels.sequences.baselines import WEIGHTINGS, SequenceTerms, check_rewards, group_baselines
 from vcpo_kernels.sequences.segments import Segments
 
 WHERE = "vcpo (verl)"
+CHECK = Check(WHERE)
 
 # Where L_i comes from. "old_log_prob": it is mu itself, as verl's bypass mode makes it. "rollout_is_weights": it is the
 # recomputed proximal policy, and verl's sequence-level ratio to mu comes beside it (decoupled mode).
@@ -41,8 +43,8 @@ class PolicyLossOptions:
     max_weight: float | None = 8.0
 
     def __post_init__(self) -> None:
-        _checks.choice("PolicyLossOptions", "behavior", self.behavior, BEHAVIOR)
-        weight = _checks.positive_float("PolicyLossOptions", "max_weight", self.max_weight, optional=True)
+        Check("PolicyLossOptions").choice("behavior", self.behavior, BEHAVIOR)
+        weight = Check("PolicyLossOptions").optional_positive_float("max_weight", self.max_weight)
         object.__setattr__(self, "max_weight", weight)
 
 
@@ -73,7 +75,7 @@ def register_policy_loss(name: str, options: PolicyLossOptions) -> None:
     """
     if not isinstance(options, PolicyLossOptions):
         raise TypeError(
-            f"register_policy_loss: options must be a PolicyLossOptions, got {_checks.describe(options)}. "
+            f"register_policy_loss: options must be a PolicyLossOptions, got {checks.describe(options)}. "
             "Make one: PolicyLossOptions(max_weight=8.0)."
         )
 
@@ -124,7 +126,7 @@ def policy_loss(
     _check_actor(config)
     segments = Segments.padded(response_mask)
     extra = _rollout_log_weights(options.behavior, rollout_is_weights, segments, response_mask)
-    result = weighted_advantages(WHERE, log_prob, old_log_prob, advantages, segments, options.max_weight, extra)
+    result = weighted_advantages(CHECK, log_prob, old_log_prob, advantages, segments, options.max_weight, extra)
     loss: Tensor = _core_algos().agg_loss(
         loss_mat=result.surrogate(log_prob),
         loss_mask=response_mask,
@@ -135,7 +137,7 @@ def policy_loss(
         "Set actor.optim.optimizer_impl=vcpo_kernels.integrations.verl and actor.optim.optimizer=EssAdamW, "
         "or attach(optimizer) in the worker."
     )
-    _ess_channel.publish(WHERE, result, loss, how)
+    _ess_channel.publish(CHECK, result, loss, how)
     metrics = {f"actor/vcpo_{name}": value.item() for name, value in result.metrics.items()}
     for rate in _ess_channel.attached():
         if rate.ratio is not None and rate.scale is not None:
@@ -146,8 +148,8 @@ def policy_loss(
 
 def _check_actor(config: Any) -> None:
     if config is None or not hasattr(config, "global_batch_info"):
-        raise TypeError(
-            f"{WHERE}: config must be verl's ActorConfig with global_batch_info, got {_checks.describe(config)}. "
+        raise CHECK.type_error(
+            f"config must be verl's ActorConfig with global_batch_info, got {checks.describe(config)}. "
             "The loss needs the global batch's counts to aggregate micro-batches."
         )
 
@@ -158,26 +160,26 @@ def _rollout_log_weights(
     """log of verl's sequence-level ratio pi_old / mu, [B]; None where old_log_prob is mu itself."""
     if behavior == "old_log_prob":
         if rollout_is_weights is not None:
-            raise ValueError(
-                f"{WHERE}: loss_mode 'vcpo' takes old_log_probs for the sampler's, but verl also handed "
+            raise CHECK.value_error(
+                "loss_mode 'vcpo' takes old_log_probs for the sampler's, but verl also handed "
                 "rollout_is_weights, so they are the recomputed ones. Set algorithm.rollout_correction.bypass_mode=True, or "
                 "loss_mode=vcpo_decoupled."
             )
         return None
     if rollout_is_weights is None:
-        raise ValueError(
-            f"{WHERE}: loss_mode 'vcpo_decoupled' needs verl's ratio to the sampler, but rollout_is_weights is None. Set "
+        raise CHECK.value_error(
+            "loss_mode 'vcpo_decoupled' needs verl's ratio to the sampler, but rollout_is_weights is None. Set "
             "algorithm.rollout_correction.rollout_is=sequence and rollout.calculate_log_probs=True, or use loss_mode=vcpo "
             "with algorithm.rollout_correction.bypass_mode=True."
         )
-    _checks.shape(WHERE, "rollout_is_weights", rollout_is_weights, response_mask.shape, "response_mask.shape")
+    CHECK.shape("rollout_is_weights", rollout_is_weights, response_mask.shape, "response_mask.shape")
     mask = response_mask.bool()
     weights = torch.where(mask, rollout_is_weights.detach().double(), 0.0)
     mean = segments.mean(weights)
     # Read on a GPU too: verl's losses synchronise for their metrics anyway, and a mean of token ratios is no sequence ratio.
     if bool((torch.where(mask, (weights - mean[:, None]).abs(), 0.0) > 1e-4 * mean[:, None]).any()):
-        raise ValueError(
-            f"{WHERE}: rollout_is_weights differ between the tokens of a sequence, as rollout_is=token makes them; VCPO's "
+        raise CHECK.value_error(
+            "rollout_is_weights differ between the tokens of a sequence, as rollout_is=token makes them; VCPO's "
             "weight is the sequence's. Set algorithm.rollout_correction.rollout_is=sequence."
         )
     return mean.log()
@@ -222,17 +224,17 @@ def opob(
     tensor([[ 1.,  1.],
             [-1., -1.]])
     """
-    where = "opob (verl)"
+    check = Check("opob (verl)")
     wanted = {"index": index, "old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs}
     if norms == "logit":
         wanted["sum_pi_squared"] = sum_pi_squared
-    _check_handed_over(where, wanted, config)
+    _check_handed_over(check, wanted, config)
     segments = Segments.padded(response_mask)
     mask = segments.mask.view(response_mask.shape) if segments.mask is not None else response_mask.bool()
     rewards = token_level_rewards.double().sum(
         -1
     )  # unmasked, as verl's own: rejecting a token must not reject the reward
-    check_rewards(where, rewards, segments.lengths > 0)
+    check_rewards(check, rewards, segments.lengths > 0)
     log_weights = segments.sum(old_log_probs.double() - rollout_log_probs.double())  # type: ignore[union-attr]
     if norms == "logit":
         scores = 1 - 2 * old_log_probs.double().exp() + sum_pi_squared.double()  # type: ignore[union-attr]
@@ -250,19 +252,19 @@ def opob(
     return spread, spread
 
 
-def _check_handed_over(where: str, wanted: dict[str, Any], config: Any) -> None:
+def _check_handed_over(check: Check, wanted: dict[str, Any], config: Any) -> None:
     missing = [name for name, value in wanted.items() if value is None]
     if missing:
-        raise ValueError(
-            f"{where}: verl handed over no {', '.join(missing)}. Call "
+        raise check.value_error(
+            f"verl handed over no {', '.join(missing)}. Call "
             "vcpo_kernels.integrations.verl.hand_over_log_probs() in a module named in VERL_USE_EXTERNAL_MODULES, with "
             "rollout.calculate_log_probs=True; sum_pi_squared also needs actor.calculate_sum_pi_squared=True and a trainer "
             "that keeps it (adv_estimator=opob_length does without)."
         )
     correction = config.get("rollout_correction", None) if config is not None else None
     if correction is not None and correction.get("bypass_mode", False):
-        raise ValueError(
-            f"{where}: with algorithm.rollout_correction.bypass_mode=True old_log_probs are the sampler's, so every L_i is 0 "
+        raise check.value_error(
+            "with algorithm.rollout_correction.bypass_mode=True old_log_probs are the sampler's, so every L_i is 0 "
             "when advantages are computed. Use decoupled mode (bypass_mode=False) with loss_mode=vcpo_decoupled."
         )
 

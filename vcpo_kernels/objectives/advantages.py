@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
-from vcpo_kernels.objectives.common import finite_float
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.sequences.baselines import check_groups, check_norms, check_rewards, group_baselines, grouped
 from vcpo_kernels.sequences.ess import usable
 
@@ -21,23 +21,23 @@ class _Groups:
     """Checked rewards and groups: r [B] float64, ids [B], count, ok (which sequences take part), in their dtype at the end."""
 
     def __init__(
-        self, where: str, rewards: Tensor, groups: int | Tensor, num_groups: int | None, valid: Tensor | None
+        self, check: Check, rewards: Tensor, groups: int | Tensor, num_groups: int | None, valid: Tensor | None
     ) -> None:
-        _checks.tensor(where, "rewards", rewards)
+        check.tensor("rewards", rewards)
         if rewards.dim() != 1:
-            raise ValueError(
-                f"{where}: rewards must be [B], got {_checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."
+            raise check.value_error(
+                f"rewards must be [B], got {checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."
             )
-        ids, size, self.count = check_groups(where, groups, rewards.shape[0], num_groups)
+        ids, size, self.count = check_groups(check, groups, rewards.shape[0], num_groups)
         if ids is None:
             ids = torch.arange(rewards.shape[0], device=rewards.device) // size
-        _checks.same_device(where, "groups", ids, "rewards", rewards)
+        check.same_device("groups", ids, "rewards", rewards)
         live = torch.ones_like(ids, dtype=torch.bool)
         if valid is not None:
-            live = _checks.as_mask(where, "valid", valid)
-            _checks.shape(where, "valid", live, rewards.shape, "rewards.shape")
-            _checks.same_device(where, "valid", live, "rewards", rewards)
-        check_rewards(where, rewards, live)
+            live = check.mask("valid", valid)
+            check.shape("valid", live, rewards.shape, "rewards.shape")
+            check.same_device("valid", live, "rewards", rewards)
+        check_rewards(check, rewards, live)
         self.ids, self.dtype = ids, torch.float64 if rewards.dtype == torch.float64 else torch.float32
         self.r = rewards.detach().double()
         self.ok = live & self.r.isfinite()
@@ -75,7 +75,7 @@ def group_mean_advantages(
     >>> objectives.group_mean_advantages(torch.tensor([1.0, 0.0, 3.0, 3.0]), 2)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
-    batch = _Groups("group_mean_advantages", rewards, groups, num_groups, valid)
+    batch = _Groups(Check("group_mean_advantages"), rewards, groups, num_groups, valid)
     return batch.advantages(torch.zeros_like(batch.r))[0].to(batch.dtype)
 
 
@@ -109,10 +109,10 @@ def group_normalized_advantages(
     >>> objectives.group_normalized_advantages(torch.tensor([4.0, 0.0, 3.0, 3.0]), 2)
     tensor([ 1., -1.,  0.,  0.])
     """
-    where = "group_normalized_advantages"
-    sample = _checks.boolean(where, "sample_std", sample_std)
-    epsilon = finite_float(where, "epsilon", epsilon, minimum=0.0)
-    batch = _Groups(where, rewards, groups, num_groups, valid)
+    check = Check("group_normalized_advantages")
+    sample = check.boolean("sample_std", sample_std)
+    epsilon = check.finite_float("epsilon", epsilon, minimum=0.0)
+    batch = _Groups(check, rewards, groups, num_groups, valid)
     centred, std = batch.advantages(torch.zeros_like(batch.r))
     if sample:
         size = batch.sizes()
@@ -145,7 +145,7 @@ def leave_one_out_advantages(
     >>> objectives.leave_one_out_advantages(torch.tensor([1.0, 0.0, 0.0, 3.0]), 4)
     tensor([ 0.0000, -1.3333, -1.3333,  2.6667])
     """
-    batch = _Groups("leave_one_out_advantages", rewards, groups, num_groups, valid)
+    batch = _Groups(Check("leave_one_out_advantages"), rewards, groups, num_groups, valid)
     size = batch.sizes()
     centred = batch.advantages(torch.zeros_like(batch.r))[0]
     return (centred * size / (size - 1).clamp(min=1)).to(batch.dtype)
@@ -173,11 +173,11 @@ def length_weighted_advantages(
     >>> objectives.length_weighted_advantages(torch.tensor([1.0, 0.0]), 2, torch.tensor([3.0, 1.0]))
     tensor([ 0.2500, -0.7500])
     """
-    where = "length_weighted_advantages"
-    _checks.tensor(where, "lengths", lengths)
+    check = Check("length_weighted_advantages")
+    check.tensor("lengths", lengths)
     if isinstance(rewards, Tensor):
-        _checks.shape(where, "lengths", lengths, rewards.shape, "rewards.shape")
-    batch = _Groups(where, rewards, groups, num_groups, lengths > 0)
+        check.shape("lengths", lengths, rewards.shape, "rewards.shape")
+    batch = _Groups(check, rewards, groups, num_groups, lengths > 0)
     return batch.advantages(lengths.detach().double().log())[0].to(batch.dtype)
 
 
@@ -214,16 +214,16 @@ def opob_advantages(
     ...     torch.tensor([1.0, 0.0]), 2, torch.zeros(2), torch.tensor([3.0, 1.0]), normalize_std=False)
     tensor([ 0.2500, -0.7500])
     """
-    where = "opob_advantages"
-    batch = _Groups(where, rewards, groups, num_groups, valid)
+    check = Check("opob_advantages")
+    batch = _Groups(check, rewards, groups, num_groups, valid)
     for name, value in (("log_weights", log_weights), ("score_sqnorm", score_sqnorm)):
-        _checks.tensor(where, name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
-        _checks.shape(where, name, value, rewards.shape, "rewards.shape")
-        _checks.same_device(where, name, value, "rewards", rewards)
+        check.tensor(name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
+        check.shape(name, value, rewards.shape, "rewards.shape")
+        check.same_device(name, value, "rewards", rewards)
     log_w, norms = log_weights.detach().double(), score_sqnorm.detach().double()
-    check_norms(where, "score_sqnorm", norms, batch.ok & usable(log_w))
+    check_norms(check, "score_sqnorm", norms, batch.ok & usable(log_w))
     ok = batch.ok & usable(log_w) & (norms >= 0) & norms.isfinite()
     advantages, std = batch.advantages(2 * log_w + norms.log(), ok)
-    if _checks.boolean(where, "normalize_std", normalize_std):
+    if check.boolean("normalize_std", normalize_std):
         advantages = _divided(advantages, std)
     return advantages.to(batch.dtype)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.common import CommonTerms, checked_terms
 from vcpo_kernels.objectives.correction import Correction, corrected_weights
 from vcpo_kernels.objectives.kl import ESTIMATORS
@@ -118,13 +119,13 @@ def objective_from_coefficients(
     >>> out.loss.backward()
     """
     return build_objective(
-        name, rule, stats, behavior_logp, advantages, segments, common,
+        Check(name), rule, stats, behavior_logp, advantages, segments, common,
         aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
 
 def build_objective(
-    where: str,
+    check: Check,
     rule: Rule,
     stats: TokenStats,
     behavior_logp: Tensor,
@@ -137,18 +138,18 @@ def build_objective(
     correction: Correction | None = None,
 ) -> ObjectiveOutput:
     """`objective_from_coefficients`, its common terms as a mapping: what a method does not take cannot slip through it."""
-    terms = checked_terms(where, aggregation, common)
-    tokens = token_batch(where, stats, behavior_logp, advantages, segments, proximal_logp)
-    scale = _scale(where, aggregation, terms, tokens)
-    policy = _policy(where, rule(tokens), tokens, correction, terms.get("token_weights"))
+    terms = checked_terms(check, aggregation, common)
+    tokens = token_batch(check, stats, behavior_logp, advantages, segments, proximal_logp)
+    scale = _scale(check, aggregation, terms, tokens)
+    policy = _policy(check, rule(tokens), tokens, correction, terms.get("token_weights"))
     value = (scale * policy.values).sum()
     total = _Total(-value, scale * policy.coefficients, None, _metrics(tokens, policy) | {"policy_loss": -value})
     if terms["kl_coefficient"]:
-        total = _with_kl(where, total, scale, terms, tokens)
-    entropy = segments.flat(where, "stats", stats.entropy)
+        total = _with_kl(check, total, scale, terms, tokens)
+    entropy = segments.flat(check, "stats", stats.entropy)
     if terms["entropy_coefficient"]:
         total = _with_entropy(total, scale, terms["entropy_coefficient"], entropy.detach(), tokens)
-    return _output(segments.flat(where, "stats", stats.logp), entropy, total, tokens, terms["ess_max_weight"], stats)
+    return _output(segments.flat(check, "stats", stats.logp), entropy, total, tokens, terms["ess_max_weight"], stats)
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,9 @@ class _Policy:
 
 
 def _policy(
-    where: str, rule: TokenTerms, tokens: TokenBatch, correction: Correction | None, token_weights: Tensor | None
+    check: Check, rule: TokenTerms, tokens: TokenBatch, correction: Correction | None, token_weights: Tensor | None
 ) -> _Policy:
-    _check_rule(where, rule, tokens)
+    _check_rule(check, rule, tokens)
     a = rule.coefficients.detach().double()
     v = times(a, tokens.logp.double()) if rule.values is None else rule.values.detach().double()
     metrics = dict(rule.metrics)
@@ -208,13 +209,13 @@ def _policy(
     per_sequence = rule.per_sequence
     if correction is not None:
         if not isinstance(correction, Correction):
-            raise TypeError(
-                f"{where}: correction must be a Correction, got {_checks.describe(correction)}. "
+            raise check.type_error(
+                f"correction must be a Correction, got {checks.describe(correction)}. "
                 "Make one: objectives.Correction('truncate', 'token', maximum=2.0)."
             )
         if tokens.log_correction is None:
-            raise ValueError(
-                f"{where}: correction weighs by pi_prox/mu and needs proximal_logp. Without a proximal policy the method's "
+            raise check.value_error(
+                "correction weighs by pi_prox/mu and needs proximal_logp. Without a proximal policy the method's "
                 "own ratio is pi/mu already; leave correction=None."
             )
         weights, outside = corrected_weights(tokens, tokens.log_correction, correction)
@@ -223,7 +224,7 @@ def _policy(
         per_sequence = per_sequence or correction.level == "sequence"
         metrics |= {"correction_mean": weights, "correction_outside_fraction": outside}
     if token_weights is not None:
-        extra = _token_weights(where, token_weights, tokens).double()
+        extra = _token_weights(check, token_weights, tokens).double()
         a, v = times(extra, a), times(extra, v)
     if per_sequence:
         ok = ok & ~tokens.any_of_sequence(~ok)
@@ -232,30 +233,30 @@ def _policy(
     return _Policy(torch.where(ok, a, 0.0), torch.where(ok, v, 0.0), ok, metrics)
 
 
-def _token_weights(where: str, weights: Tensor, tokens: TokenBatch) -> Tensor:
-    _checks.tensor(where, "token_weights", weights, _checks.FLOAT_DTYPES, "Convert it: token_weights.float().")
+def _token_weights(check: Check, weights: Tensor, tokens: TokenBatch) -> Tensor:
+    check.tensor("token_weights", weights, checks.FLOAT_DTYPES, "Convert it: token_weights.float().")
     if tuple(weights.shape) == (tokens.segments.num_sequences,):
-        _checks.same_device(where, "token_weights", weights, "stats", tokens.logp)
+        check.same_device("token_weights", weights, "stats", tokens.logp)
         return tokens.spread(weights.detach().to(tokens.logp.dtype))
-    return torch.where(tokens.live, like_logp(where, "token_weights", weights, tokens.segments, tokens.logp), 0.0)
+    return torch.where(tokens.live, like_logp(check, "token_weights", weights, tokens.segments, tokens.logp), 0.0)
 
 
-def _check_rule(where: str, rule: object, tokens: TokenBatch) -> None:
+def _check_rule(check: Check, rule: object, tokens: TokenBatch) -> None:
     if not isinstance(rule, TokenTerms):
-        raise TypeError(f"{where}: rule must return TokenTerms(coefficients, ...), got {_checks.describe(rule)}.")
+        raise check.type_error(f"rule must return TokenTerms(coefficients, ...), got {checks.describe(rule)}.")
     named = {
         "coefficients": rule.coefficients,
         **({} if rule.values is None else {"values": rule.values}),
         **rule.metrics,
     }
     for name, value in named.items():
-        _checks.tensor(where, f"the rule's {name}", value)
-        _checks.shape(where, f"the rule's {name}", value, tokens.logp.shape, "one value per token, as tokens.logp")
+        check.tensor(f"the rule's {name}", value)
+        check.shape(f"the rule's {name}", value, tokens.logp.shape, "one value per token, as tokens.logp")
 
 
-def _with_kl(where: str, total: _Total, scale: Tensor, terms: dict[str, Any], tokens: TokenBatch) -> _Total:
+def _with_kl(check: Check, total: _Total, scale: Tensor, terms: dict[str, Any], tokens: TokenBatch) -> _Total:
     """The loss with its KL penalty. A token whose KL or derivative reaches e^80 has none, and is counted."""
-    reference = like_logp(where, "reference_logp", terms["reference_logp"], tokens.segments, tokens.logp)
+    reference = like_logp(check, "reference_logp", terms["reference_logp"], tokens.segments, tokens.logp)
     kl, slope = ESTIMATORS[terms["kl_estimator"]]((tokens.logp - reference).double())
     if terms["kl_importance_weighted"]:
         ratio = tokens.ratio.double()
@@ -302,13 +303,13 @@ def _metrics(tokens: TokenBatch, policy: _Policy) -> dict[str, Tensor]:
     }
 
 
-def _scale(where: str, aggregation: str, terms: dict[str, Any], tokens: TokenBatch) -> Tensor:
+def _scale(check: Check, aggregation: str, terms: dict[str, Any], tokens: TokenBatch) -> Tensor:
     """k_t [N] float64, 0 where a token does not count."""
     max_tokens = terms["max_tokens"]
     if aggregation == "seq-mean-token-sum-norm" and max_tokens is None:
         if tokens.segments.max_length is None:
-            raise ValueError(
-                f"{where}: aggregation 'seq-mean-token-sum-norm' needs max_tokens for packed and indexed segments, whose "
+            raise check.value_error(
+                "aggregation 'seq-mean-token-sum-norm' needs max_tokens for packed and indexed segments, whose "
                 "longest possible sequence is not known. Set max_tokens to the generation limit."
             )
         max_tokens = float(tokens.segments.max_length)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.build import TokenTerms, build_objective
-from vcpo_kernels.objectives.common import CommonTerms, finite_float
+from vcpo_kernels.objectives.common import CommonTerms
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-def log_clip_bounds(where: str, clip_low: float, clip_high: float) -> tuple[float, float]:
+def log_clip_bounds(check: Check, clip_low: float, clip_high: float) -> tuple[float, float]:
     """log(1 - clip_low) and log(1 + clip_high), checked; clip_low >= 1 is no bound below."""
-    low = finite_float(where, "clip_low", clip_low, minimum=0.0)
-    high = finite_float(where, "clip_high", clip_high, minimum=0.0)
+    low = check.finite_float("clip_low", clip_low, minimum=0.0)
+    high = check.finite_float("clip_high", clip_high, minimum=0.0)
     return (math.log1p(-low) if low < 1 else -math.inf), math.log1p(high)
 
 
@@ -97,27 +97,27 @@ def ppo_clip(
     tensor([[ 0.2763,  0.0000],
             [-0.2763, -0.4122]])
     """
-    where = "ppo_clip"
-    low, high = log_clip_bounds(where, clip_low, clip_high)
-    dual = dual_bound(where, dual_clip, clip_high)
+    check = Check("ppo_clip")
+    low, high = log_clip_bounds(check, clip_low, clip_high)
+    dual = dual_bound(check, dual_clip, clip_high)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
         return clipped_terms(tokens.log_ratio, tokens.advantages, low, high, dual)
 
     return build_objective(
-        where, rule, stats, behavior_logp, advantages, segments, common,
+        check, rule, stats, behavior_logp, advantages, segments, common,
         aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
 
-def dual_bound(where: str, dual_clip: float | None, clip_high: float) -> float:
+def dual_bound(check: Check, dual_clip: float | None, clip_high: float) -> float:
     """log dual_clip, or inf. At or below 1 + clip_high trainers disagree on what it means, so that is refused."""
-    number = _checks.positive_float(where, "dual_clip", dual_clip, optional=True)
+    number = check.optional_positive_float("dual_clip", dual_clip)
     if number is None:
         return math.inf
     if number <= 1 + clip_high:
-        raise ValueError(
-            f"{where}: dual_clip must be > 1 + clip_high = {1 + clip_high:g}, got {dual_clip!r}. Usual values are 3 to 10."
+        raise check.value_error(
+            f"dual_clip must be > 1 + clip_high = {1 + clip_high:g}, got {dual_clip!r}. Usual values are 3 to 10."
         )
     return math.log(number)
 
@@ -159,8 +159,8 @@ def cispo(
     >>> objectives.cispo(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.5000, 2.5000]])
     """
-    where = "cispo"
-    check_bounds(where, "min_ratio", min_ratio, "max_ratio", max_ratio)
+    check = Check("cispo")
+    check_bounds(check, "min_ratio", min_ratio, "max_ratio", max_ratio)
     bounds = Correction("truncate", "token", min_ratio, max_ratio)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
@@ -168,6 +168,6 @@ def cispo(
         return TokenTerms(times(weights, tokens.advantages), metrics={"clip_fraction": outside})
 
     return build_objective(
-        where, rule, stats, behavior_logp, advantages, segments, common,
+        check, rule, stats, behavior_logp, advantages, segments, common,
         aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip

@@ -5,12 +5,11 @@ Layer: arguments, before any tensor is touched.
 
 from __future__ import annotations
 
-import math
 from typing import Any, TypedDict
 
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.kl import ESTIMATORS
 from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS
 
@@ -50,34 +49,21 @@ DEFAULTS: CommonTerms = {
 }
 
 
-def checked_terms(where: str, aggregation: str, common: Any) -> dict[str, Any]:
+def checked_terms(check: Check, aggregation: str, common: Any) -> dict[str, Any]:
     """The common terms with their defaults, checked. Raises TypeError or ValueError naming the argument."""
     known = CommonTerms.__annotations__
     if unknown := [key for key in common if key not in known]:
-        raise TypeError(
-            f"{where}: unknown argument {unknown[0]!r}. Beside the method's own it takes {', '.join(known)}."
-        )
+        raise check.type_error(f"unknown argument {unknown[0]!r}. Beside the method's own it takes {', '.join(known)}.")
     terms: dict[str, Any] = {**DEFAULTS, **common}
-    _checks.choice(where, "aggregation", aggregation, AGGREGATIONS)
-    _checks.choice(where, "kl_estimator", terms["kl_estimator"], tuple(ESTIMATORS))
+    check.choice("aggregation", aggregation, AGGREGATIONS)
+    check.choice("kl_estimator", terms["kl_estimator"], tuple(ESTIMATORS))
     for key in ("num_sequences", "num_tokens", "max_tokens", "ess_max_weight"):
-        terms[key] = _checks.positive_float(where, key, terms.get(key), optional=True)
-    _checks.boolean(where, "kl_importance_weighted", terms["kl_importance_weighted"])
-    terms["kl_coefficient"] = finite_float(where, "kl_coefficient", terms["kl_coefficient"], minimum=0.0)
-    terms["entropy_coefficient"] = finite_float(where, "entropy_coefficient", terms["entropy_coefficient"])
+        terms[key] = check.optional_positive_float(key, terms.get(key))
+    check.boolean("kl_importance_weighted", terms["kl_importance_weighted"])
+    terms["kl_coefficient"] = check.finite_float("kl_coefficient", terms["kl_coefficient"], minimum=0.0)
+    terms["entropy_coefficient"] = check.finite_float("entropy_coefficient", terms["entropy_coefficient"])
     if terms["kl_coefficient"] and terms.get("reference_logp") is None:
-        raise ValueError(
-            f"{where}: kl_coefficient={terms['kl_coefficient']} needs reference_logp, log pi_ref of each token."
+        raise check.value_error(
+            f"kl_coefficient={terms['kl_coefficient']} needs reference_logp, log pi_ref of each token."
         )
     return terms
-
-
-def finite_float(where: str, name: str, value: Any, minimum: float = -math.inf) -> float:
-    """A finite Python float >= minimum."""
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{where}: {name} must be a number, got {_checks.describe(value)}.")
-    number = float(value)
-    if not math.isfinite(number) or number < minimum:
-        bound = f" and >= {minimum:g}" if minimum > -math.inf else ""
-        raise ValueError(f"{where}: {name} must be finite{bound}, got {value!r}.")
-    return number

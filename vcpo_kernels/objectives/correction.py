@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop
 
 MODES = ("truncate", "mask")
@@ -40,17 +40,17 @@ class Correction:
     maximum: float | None = 2.0
 
     def __post_init__(self) -> None:
-        _checks.choice("Correction", "mode", self.mode, MODES)
-        _checks.choice("Correction", "level", self.level, LEVELS)
-        check_bounds("Correction", "minimum", self.minimum, "maximum", self.maximum)
+        Check("Correction").choice("mode", self.mode, MODES)
+        Check("Correction").choice("level", self.level, LEVELS)
+        check_bounds(Check("Correction"), "minimum", self.minimum, "maximum", self.maximum)
 
 
-def check_bounds(where: str, low_name: str, low: float | None, high_name: str, high: float | None) -> None:
+def check_bounds(check: Check, low_name: str, low: float | None, high_name: str, high: float | None) -> None:
     """Raise unless both are None or finite and > 0, and low <= high."""
-    low = _checks.positive_float(where, low_name, low, optional=True)
-    high = _checks.positive_float(where, high_name, high, optional=True)
+    low = check.optional_positive_float(low_name, low)
+    high = check.optional_positive_float(high_name, high)
     if low is not None and high is not None and low > high:
-        raise ValueError(f"{where}: {low_name} must be <= {high_name}, got {low_name}={low} and {high_name}={high}.")
+        raise check.value_error(f"{low_name} must be <= {high_name}, got {low_name}={low} and {high_name}={high}.")
 
 
 def log_or(bound: float | None, otherwise: float) -> float:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.build import TokenTerms, build_objective
 from vcpo_kernels.objectives.clipped import clipped_terms, dual_bound, log_clip_bounds
-from vcpo_kernels.objectives.common import CommonTerms, finite_float
+from vcpo_kernels.objectives.common import CommonTerms
 from vcpo_kernels.objectives.correction import Correction, check_bounds
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
@@ -64,9 +64,9 @@ def icepop(
     >>> objectives.icepop(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.5000, 0.0000]])
     """
-    where = "icepop"
-    check_bounds(where, "min_weight", min_weight, "max_weight", max_weight)
-    low, high = log_clip_bounds(where, clip_low, clip_high)
+    check = Check("icepop")
+    check_bounds(check, "min_weight", min_weight, "max_weight", max_weight)
+    low, high = log_clip_bounds(check, clip_low, clip_high)
     if proximal_logp is None and isinstance(stats, TokenStats):
         proximal_logp = stats.logp.detach()
 
@@ -74,7 +74,7 @@ def icepop(
         return clipped_terms(tokens.log_ratio, tokens.advantages, low, high)
 
     return build_objective(
-        where, rule, stats, behavior_logp, advantages, segments, common, aggregation=aggregation, proximal_logp=proximal_logp,
+        check, rule, stats, behavior_logp, advantages, segments, common, aggregation=aggregation, proximal_logp=proximal_logp,
         correction=Correction("mask", "token", min_weight, max_weight),
     )  # fmt: skip
 
@@ -119,10 +119,10 @@ def opsm(
     tensor([[ 0.0000],
             [-0.4524]])
     """
-    where = "opsm"
-    low, high = log_clip_bounds(where, clip_low, clip_high)
-    dual = dual_bound(where, dual_clip, clip_high)
-    delta = finite_float(where, "threshold", threshold, minimum=0.0)
+    check = Check("opsm")
+    low, high = log_clip_bounds(check, clip_low, clip_high)
+    dual = dual_bound(check, dual_clip, clip_high)
+    delta = check.finite_float("threshold", threshold, minimum=0.0)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
         terms = clipped_terms(tokens.log_ratio, tokens.advantages, low, high, dual)
@@ -130,7 +130,7 @@ def opsm(
         return _left_out(terms, masked, per_sequence=True)
 
     return build_objective(
-        where, rule, stats, behavior_logp, advantages, segments, common,
+        check, rule, stats, behavior_logp, advantages, segments, common,
         aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
@@ -178,9 +178,9 @@ def m2po(
     >>> objectives.m2po(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 3))).coefficients
     tensor([[0.3684, 0.0000, 0.0451]])
     """
-    where = "m2po"
-    tau = _checks.positive_float(where, "threshold", threshold) or 0.0
-    only = _checks.boolean(where, "trust_region_only", trust_region_only)
+    check = Check("m2po")
+    tau = check.positive_float("threshold", threshold)
+    only = check.boolean("trust_region_only", trust_region_only)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
         d, a = tokens.log_ratio, tokens.advantages
@@ -197,7 +197,7 @@ def m2po(
         return TokenTerms(values, values, {"masked_fraction": masked, "second_moment": second_moment})
 
     return build_objective(
-        where,
+        check,
         rule,
         stats,
         behavior_logp,
@@ -244,10 +244,10 @@ def dppo_tv(
     >>> objectives.dppo_tv(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.6250, 0.0000]])
     """
-    where = "dppo_tv"
-    low = finite_float(where, "divergence_low", divergence_low, minimum=0.0)
-    high = finite_float(where, "divergence_high", divergence_high, minimum=0.0)
-    limit = _checks.positive_float(where, "max_ratio", max_ratio, optional=True)
+    check = Check("dppo_tv")
+    low = check.finite_float("divergence_low", divergence_low, minimum=0.0)
+    high = check.finite_float("divergence_high", divergence_high, minimum=0.0)
+    limit = check.optional_positive_float("max_ratio", max_ratio)
     log_limit = math.inf if limit is None else math.log(limit)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
@@ -258,7 +258,7 @@ def dppo_tv(
         return _left_out(TokenTerms(times(weights, tokens.advantages), metrics=metrics), masked, per_sequence=False)
 
     return build_objective(
-        where,
+        check,
         rule,
         stats,
         behavior_logp,

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.build import TokenTerms, build_objective
 from vcpo_kernels.objectives.clipped import clipped_terms, log_clip_bounds
-from vcpo_kernels.objectives.common import CommonTerms, finite_float
+from vcpo_kernels.objectives.common import CommonTerms
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
@@ -62,15 +63,15 @@ def gspo(
     >>> objectives.gspo(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.5000, 0.5000]])
     """
-    where = "gspo"
-    low, high = log_clip_bounds(where, clip_low, clip_high)
+    check = Check("gspo")
+    low, high = log_clip_bounds(check, clip_low, clip_high)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
-        require_sequence_advantages(where, tokens, "Use gspo_token for advantages by token.")
+        require_sequence_advantages(check, tokens, "Use gspo_token for advantages by token.")
         return clipped_terms(tokens.sequence_mean(tokens.log_ratio), tokens.advantages, low, high, per_sequence=True)
 
     return build_objective(
-        where, rule, stats, behavior_logp, advantages, segments, common,
+        check, rule, stats, behavior_logp, advantages, segments, common,
         aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
@@ -112,14 +113,14 @@ def gspo_token(
     >>> objectives.gspo_token(stats, mu, torch.tensor([[1.0, -2.0]]), seg).coefficients
     tensor([[ 0.5000, -1.0000]])
     """
-    where = "gspo_token"
-    low, high = log_clip_bounds(where, clip_low, clip_high)
+    check = Check("gspo_token")
+    low, high = log_clip_bounds(check, clip_low, clip_high)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
         return clipped_terms(tokens.sequence_mean(tokens.log_ratio), tokens.advantages, low, high, per_sequence=True)
 
     return build_objective(
-        where, rule, stats, behavior_logp, advantages, segments, common,
+        check, rule, stats, behavior_logp, advantages, segments, common,
         aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
@@ -163,12 +164,12 @@ def gmpo(
     >>> objectives.gmpo(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.6107, 0.0000]])
     """
-    where = "gmpo"
-    low = -finite_float(where, "log_clip_low", log_clip_low, minimum=0.0)
-    high = finite_float(where, "log_clip_high", log_clip_high, minimum=0.0)
+    check = Check("gmpo")
+    low = -check.finite_float("log_clip_low", log_clip_low, minimum=0.0)
+    high = check.finite_float("log_clip_high", log_clip_high, minimum=0.0)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
-        require_sequence_advantages(where, tokens)
+        require_sequence_advantages(check, tokens)
         d, a = tokens.log_ratio, tokens.advantages
         clipped_high, clipped_low = (a > 0) & (d > high), (a < 0) & (d < low)
         bounded = torch.where(a > 0, d.clamp(max=high), d.clamp(min=low))
@@ -178,6 +179,6 @@ def gmpo(
         return TokenTerms(torch.where(flat, 0.0, values), values, metrics, per_sequence=True)
 
     return build_objective(
-        where, rule, stats, behavior_logp, advantages, segments, common,
+        check, rule, stats, behavior_logp, advantages, segments, common,
         aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip

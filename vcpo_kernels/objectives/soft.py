@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.build import TokenTerms, build_objective
-from vcpo_kernels.objectives.common import CommonTerms, finite_float
+from vcpo_kernels.objectives.common import CommonTerms
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times
@@ -62,9 +62,9 @@ def sapo(
     >>> objectives.sapo(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.5000, 0.0247]])
     """
-    where = "sapo"
-    positive = _checks.positive_float(where, "temperature_positive", temperature_positive) or 1.0
-    negative = _checks.positive_float(where, "temperature_negative", temperature_negative) or 1.0
+    check = Check("sapo")
+    positive = check.positive_float("temperature_positive", temperature_positive)
+    negative = check.positive_float("temperature_negative", temperature_negative)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
         log_r = tokens.log_ratio.clamp(max=UNTRUNCATED_LIMIT)  # both factors of the gradient stay finite; it is 0 there
@@ -75,7 +75,7 @@ def sapo(
         return TokenTerms(times((log_gate + log_r).exp(), tokens.advantages), values, {"gate_mean": log_gate.exp()})
 
     return build_objective(
-        where, rule, stats, behavior_logp, advantages, segments, common,
+        check, rule, stats, behavior_logp, advantages, segments, common,
         aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
     )  # fmt: skip
 
@@ -119,17 +119,17 @@ def vespo(
     tensor([[5.0000e-01],
             [1.2941e-07]])
     """
-    where = "vespo"
+    check = Check("vespo")
     knobs = {
         "power_positive": power_positive,
         "decay_positive": decay_positive,
         "power_negative": power_negative,
         "decay_negative": decay_negative,
     }
-    k_up, decay_up, k_down, decay_down = (finite_float(where, key, value, 0.0) for key, value in knobs.items())
+    k_up, decay_up, k_down, decay_down = (check.finite_float(key, value, 0.0) for key, value in knobs.items())
 
     def rule(tokens: TokenBatch) -> TokenTerms:
-        require_sequence_advantages(where, tokens)
+        require_sequence_advantages(check, tokens)
         log_w = tokens.sequence_sum(tokens.log_weight).clamp(-1e30, UNTRUNCATED_LIMIT)  # finite: 0 * inf is no number
         good = tokens.advantages >= 0
         k = by_flag(good, k_up, k_down, log_w)
@@ -138,7 +138,7 @@ def vespo(
         return TokenTerms(times(phi, tokens.advantages), metrics={"phi_mean": phi}, per_sequence=True)
 
     return build_objective(
-        where,
+        check,
         rule,
         stats,
         behavior_logp,

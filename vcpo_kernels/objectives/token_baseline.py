@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.tokens import like_logp
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.baselines import check_groups, check_rewards, group_baselines, grouped
@@ -56,30 +57,28 @@ def optimal_token_advantages(
     tensor([[ 0.5000,  1.0000],
             [-0.5000,  0.0000]])
     """
-    where = "optimal_token_advantages"
-    check_segments(where, segments)
+    check = Check("optimal_token_advantages")
+    check_segments(check, segments)
     if not isinstance(stats, TokenStats):
-        raise TypeError(
-            f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}."
-        )
-    norms = segments.flat(where, "stats", stats.score_sqnorm).detach()
-    _checks.tensor(where, "rewards", rewards)
-    _checks.shape(where, "rewards", rewards, (segments.num_sequences,), "one reward per sequence")
-    _checks.same_device(where, "rewards", rewards, "stats", norms)
-    ids, size, count = check_groups(where, groups, rewards.shape[0], num_groups)
+        raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
+    norms = segments.flat(check, "stats", stats.score_sqnorm).detach()
+    check.tensor("rewards", rewards)
+    check.shape("rewards", rewards, (segments.num_sequences,), "one reward per sequence")
+    check.same_device("rewards", rewards, "stats", norms)
+    ids, size, count = check_groups(check, groups, rewards.shape[0], num_groups)
     if ids is None:
         ids = torch.arange(rewards.shape[0], device=rewards.device) // size
-    _checks.same_device(where, "groups", ids, "stats", norms)
-    tail = _checks.boolean(where, "zero_tail", zero_tail)
-    weights = None if token_weights is None else like_logp(where, "token_weights", token_weights, segments, norms)
+    check.same_device("groups", ids, "stats", norms)
+    tail = check.boolean("zero_tail", zero_tail)
+    weights = None if token_weights is None else like_logp(check, "token_weights", token_weights, segments, norms)
     walk = _Walk(segments, norms.numel(), stats.shifted)
     gathered = norms.double() if weights is None else norms.double() * weights.double().square()
     gathered = torch.where(walk.live, gathered[walk.order], 0.0)
-    if _checks.readable(gathered) and not bool(gathered.isfinite().all()):
-        raise ValueError(
-            f"{where}: token_weights (and stats.score_sqnorm) must be finite at valid tokens. Truncate the weights first."
+    if checks.readable(gathered) and not bool(gathered.isfinite().all()):
+        raise check.value_error(
+            "token_weights (and stats.score_sqnorm) must be finite at valid tokens. Truncate the weights first."
         )
-    return _advantages(rewards, ids, count, walk, torch.nan_to_num(gathered, 0.0, 0.0, 0.0), tail, where).view(
+    return _advantages(rewards, ids, count, walk, torch.nan_to_num(gathered, 0.0, 0.0, 0.0), tail, check).view(
         stats.logp.shape
     )
 
@@ -109,11 +108,11 @@ class _Walk:
 
 
 def _advantages(
-    rewards: Tensor, ids: Tensor, count: int, walk: _Walk, gathered: Tensor, zero_tail: bool, where: str
+    rewards: Tensor, ids: Tensor, count: int, walk: _Walk, gathered: Tensor, zero_tail: bool, check: Check
 ) -> Tensor:
     reward = rewards.detach().double()
     present = walk.lengths > 0
-    check_rewards(where, rewards, present)
+    check_rewards(check, rewards, present)
     ok = present & reward.isfinite()
     _, _, equal = group_baselines(reward, torch.zeros_like(reward), ok, ids, count)
     live = walk.live & ok[walk.sequence]

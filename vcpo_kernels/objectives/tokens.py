@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.ess import check_segments
 from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
@@ -87,7 +88,7 @@ class TokenBatch:
 
 
 def token_batch(
-    where: str,
+    check: Check,
     stats: TokenStats,
     behavior_logp: Tensor,
     advantages: Tensor,
@@ -98,35 +99,33 @@ def token_batch(
 
     Raises TypeError or ValueError naming the argument; on the CPU also for advantages that are not finite where they count.
     """
-    check_segments(where, segments)
+    check_segments(check, segments)
     if not isinstance(stats, TokenStats):
-        raise TypeError(
-            f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}."
-        )
-    logp = wide(segments.flat(where, "stats", stats.logp)).detach()
+        raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
+    logp = wide(segments.flat(check, "stats", stats.logp)).detach()
     mask = segments.mask_without_first(logp.numel()) if stats.shifted else segments.mask
     ones = torch.ones(segments.num_sequences, dtype=logp.dtype, device=logp.device)
     live = segment_spread(ones, mask, segments.offsets, segments.order, logp.numel()) > 0
     lengths = segment_sum(live.to(logp.dtype), mask, segments.offsets, segments.order).double()
 
     def tokens(name: str, value: Tensor) -> Tensor:
-        return torch.where(live, like_logp(where, name, value, segments, logp), 0.0)
+        return torch.where(live, like_logp(check, name, value, segments, logp), 0.0)
 
     theta, mu = tokens("stats", stats.logp), tokens("behavior_logp", behavior_logp)
     proximal = None if proximal_logp is None else tokens("proximal_logp", proximal_logp)
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) == (segments.num_sequences,)
     if per_sequence:
-        _checks.same_device(where, "advantages", advantages, "stats", logp)
+        check.same_device("advantages", advantages, "stats", logp)
         spread = segment_spread(
             advantages.detach().to(logp.dtype), mask, segments.offsets, segments.order, logp.numel()
         )
     else:
-        _check_token_advantages(where, advantages, segments, stats.logp)
+        _check_token_advantages(check, advantages, segments, stats.logp)
         spread = tokens("advantages", advantages)
-    if _checks.readable(spread) and not bool(spread.isfinite().all()):
+    if checks.readable(spread) and not bool(spread.isfinite().all()):
         at = int((~spread.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"{where}: advantages of valid tokens must be finite, got {float(spread[at])} at flat position {at}. "
+        raise check.value_error(
+            f"advantages of valid tokens must be finite, got {float(spread[at])} at flat position {at}. "
             "Give failed samples a finite reward, or mask all their tokens out."
         )
     return TokenBatch(
@@ -144,19 +143,19 @@ def token_batch(
     )
 
 
-def like_logp(where: str, name: str, value: Tensor, segments: Segments, logp: Tensor) -> Tensor:
+def like_logp(check: Check, name: str, value: Tensor, segments: Segments, logp: Tensor) -> Tensor:
     """A floating token tensor as flat [N], detached, in logp's dtype, after checking that it belongs to the batch."""
-    _checks.tensor(where, name, value, _checks.FLOAT_DTYPES, f"Convert it: {name}.float().")
-    flat = segments.flat(where, name, value).detach()
-    _checks.shape(where, name, flat, logp.shape, "as many tokens as stats")
+    check.tensor(name, value, checks.FLOAT_DTYPES, f"Convert it: {name}.float().")
+    flat = segments.flat(check, name, value).detach()
+    check.shape(name, flat, logp.shape, "as many tokens as stats")
     return flat.to(logp.dtype)
 
 
-def _check_token_advantages(where: str, advantages: object, segments: Segments, logp: Tensor) -> None:
-    _checks.tensor(where, "advantages", advantages)
+def _check_token_advantages(check: Check, advantages: object, segments: Segments, logp: Tensor) -> None:
+    check.tensor("advantages", advantages)
     assert isinstance(advantages, Tensor)
     if advantages.numel() != logp.numel():
-        raise ValueError(
-            f"{where}: advantages must be [{segments.num_sequences}] (one per sequence) or have the shape of stats.logp, "
-            f"{tuple(logp.shape)}, got {_checks.describe(advantages)}. Flatten one per sequence: advantages.reshape(-1)."
+        raise check.value_error(
+            f"advantages must be [{segments.num_sequences}] (one per sequence) or have the shape of stats.logp, "
+            f"{tuple(logp.shape)}, got {checks.describe(advantages)}. Flatten one per sequence: advantages.reshape(-1)."
         )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.build import Rule, TokenTerms, build_objective
-from vcpo_kernels.objectives.common import CommonTerms, finite_float
+from vcpo_kernels.objectives.common import CommonTerms
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times
@@ -53,7 +54,7 @@ def reinforce(
     tensor([[0.5000, 0.5000]])
     """
     return build_objective(
-        "reinforce", lambda tokens: TokenTerms(tokens.advantages, uses_ratio=False),
+        Check("reinforce"), lambda tokens: TokenTerms(tokens.advantages, uses_ratio=False),
         stats, behavior_logp, advantages, segments, common, aggregation=aggregation,
     )  # fmt: skip
 
@@ -106,10 +107,10 @@ def token_truncated_is(
     >>> objectives.token_truncated_is(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.5000, 1.0000]])
     """
-    where = "token_truncated_is"
-    rule = _weighted(_bounds(where, "truncate", "token", min_weight, max_weight))
+    check = Check("token_truncated_is")
+    rule = _weighted(_bounds(check, "truncate", "token", min_weight, max_weight))
     return build_objective(
-        where,
+        check,
         rule,
         stats,
         behavior_logp,
@@ -153,10 +154,10 @@ def sequence_truncated_is(
     >>> objectives.sequence_truncated_is(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[4., 4.]])
     """
-    where = "sequence_truncated_is"
-    rule = _weighted(_bounds(where, "truncate", "sequence", min_weight, max_weight))
+    check = Check("sequence_truncated_is")
+    rule = _weighted(_bounds(check, "truncate", "sequence", min_weight, max_weight))
     return build_objective(
-        where,
+        check,
         rule,
         stats,
         behavior_logp,
@@ -200,10 +201,10 @@ def token_masked_is(
     >>> objectives.token_masked_is(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.5000, 0.0000]])
     """
-    where = "token_masked_is"
-    rule = _weighted(_bounds(where, "mask", "token", min_weight, max_weight))
+    check = Check("token_masked_is")
+    rule = _weighted(_bounds(check, "mask", "token", min_weight, max_weight))
     return build_objective(
-        where,
+        check,
         rule,
         stats,
         behavior_logp,
@@ -247,10 +248,10 @@ def sequence_masked_is(
     tensor([[0.5000],
             [0.0000]])
     """
-    where = "sequence_masked_is"
-    rule = _weighted(_bounds(where, "mask", "sequence", min_weight, max_weight))
+    check = Check("sequence_masked_is")
+    rule = _weighted(_bounds(check, "mask", "sequence", min_weight, max_weight))
     return build_objective(
-        where,
+        check,
         rule,
         stats,
         behavior_logp,
@@ -261,8 +262,8 @@ def sequence_masked_is(
     )
 
 
-def _bounds(where: str, mode: str, level: str, low: float | None, high: float | None) -> Correction:
-    check_bounds(where, "min_weight", low, "max_weight", high)
+def _bounds(check: Check, mode: str, level: str, low: float | None, high: float | None) -> Correction:
+    check_bounds(check, "min_weight", low, "max_weight", high)
     return Correction(mode, level, low, high)
 
 
@@ -301,12 +302,12 @@ def topr(
     tensor([[ 5.0000e-01],
             [-6.1705e-05]])
     """
-    where = "topr"
-    positive = _log_range(where, "positive_range", positive_range)
-    negative = _log_range(where, "negative_range", negative_range)
+    check = Check("topr")
+    positive = _log_range(check, "positive_range", positive_range)
+    negative = _log_range(check, "negative_range", negative_range)
 
     def rule(tokens: TokenBatch) -> TokenTerms:
-        require_sequence_advantages(where, tokens)
+        require_sequence_advantages(check, tokens)
         log_w = tokens.sequence_sum(tokens.log_weight)
         good = tokens.advantages >= 0
         low = by_flag(good, positive[0], negative[0], log_w)
@@ -316,7 +317,7 @@ def topr(
         return TokenTerms(times(weights, tokens.advantages), metrics=metrics, per_sequence=True)
 
     return build_objective(
-        where,
+        check,
         rule,
         stats,
         behavior_logp,
@@ -327,19 +328,19 @@ def topr(
     )
 
 
-def _log_range(where: str, name: str, bounds: tuple[float, float]) -> tuple[float, float]:
+def _log_range(check: Check, name: str, bounds: tuple[float, float]) -> tuple[float, float]:
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise TypeError(f"{where}: {name} must be a pair (low, high), got {bounds!r}.")
-    low, high = (finite_float(where, f"{name}[{i}]", bound, minimum=0.0) for i, bound in enumerate(bounds))
+        raise check.type_error(f"{name} must be a pair (low, high), got {bounds!r}.")
+    low, high = (check.finite_float(f"{name}[{i}]", bound, minimum=0.0) for i, bound in enumerate(bounds))
     if low > high:
-        raise ValueError(f"{where}: {name} must ascend, got {bounds!r}.")
+        raise check.value_error(f"{name} must ascend, got {bounds!r}.")
     return tuple(math.log(bound) if bound > 0 else -math.inf for bound in (low, high))  # type: ignore[return-value]
 
 
-def require_sequence_advantages(where: str, tokens: TokenBatch, instead: str = "") -> None:
+def require_sequence_advantages(check: Check, tokens: TokenBatch, instead: str = "") -> None:
     """Raise for advantages by token where the method knows only one per sequence."""
     if not tokens.sequence_advantages:
-        raise ValueError(
-            f"{where}: advantages must be [{tokens.segments.num_sequences}], one per sequence: the method weighs whole "
+        raise check.value_error(
+            f"advantages must be [{tokens.segments.num_sequences}], one per sequence: the method weighs whole "
             f"sequences. {instead}".rstrip()
         )

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
-from vcpo_kernels.core import registry
+from vcpo_kernels.core import checks, registry
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.library import LIBRARY, qualified, short_way
 from vcpo_kernels.rows import views as _rows
 
@@ -105,10 +105,10 @@ def token_stats(
     >>> logits.grad[0]
     tensor([-0.5000,  0.5000])
     """
-    where = "token_stats"
-    token_ids, mask, temperature, softcap = checked(where, logits, token_ids, mask, temperature, softcap, shift)
+    check = Check("token_stats")
+    token_ids, mask, temperature, softcap = checked(check, logits, token_ids, mask, temperature, softcap, shift)
     if inplace_backward:
-        _checks.not_a_leaf(where, "inplace_backward", logits)
+        check.not_a_leaf("inplace_backward", logits)
     rows_fit = torch.compiler.is_compiling() or _rows.as_rows(logits, shift) is not None
     if not rows_fit:  # more than two batch dimensions that no stride can merge: one call per slice of the first
         masks = mask if mask is not None else [None] * len(logits)
@@ -124,30 +124,30 @@ def token_stats(
 
 
 def checked(
-    where: str, logits: Any, token_ids: Any, mask: Any, temperature: Any, softcap: Any, shift: Any
+    check: Check, logits: Any, token_ids: Any, mask: Any, temperature: Any, softcap: Any, shift: Any
 ) -> tuple[Tensor, Tensor | None, float, float | None]:
     """ids as int64, the mask as bool, the numbers as floats; or an error naming the argument."""
-    _checks.tensor(where, "logits", logits, _checks.FLOAT_DTYPES)
+    check.tensor("logits", logits, checks.FLOAT_DTYPES)
     if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{where}: logits must be [.., V] with V >= 1, got {_checks.describe(logits)}.")
+        raise check.value_error(f"logits must be [.., V] with V >= 1, got {checks.describe(logits)}.")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        raise ValueError(
-            f"{where}: logits must be contiguous in the last dimension, got strides {logits.stride()} for shape "
+        raise check.value_error(
+            f"logits must be contiguous in the last dimension, got strides {logits.stride()} for shape "
             f"{tuple(logits.shape)}. Keep the vocabulary last in memory, or call logits.contiguous() (a copy)."
         )
-    _checks.tensor(where, "token_ids", token_ids, _checks.ID_DTYPES, "Convert it: token_ids.long().")
+    check.tensor("token_ids", token_ids, checks.ID_DTYPES, "Convert it: token_ids.long().")
     because = "logits.shape[:-1]"
     fix = "With logits[:, :-1] pass token_ids[:, 1:], or pass both whole with shift=True."
-    _checks.shape(where, "token_ids", token_ids, logits.shape[:-1], because, fix)
-    _checks.same_device(where, "token_ids", token_ids, "logits", logits)
+    check.shape("token_ids", token_ids, logits.shape[:-1], because, fix)
+    check.same_device("token_ids", token_ids, "logits", logits)
     if mask is not None:
-        mask = _checks.as_mask(where, "mask", mask)
-        _checks.shape(where, "mask", mask, token_ids.shape, "token_ids.shape")
-        _checks.same_device(where, "mask", mask, "logits", logits)
+        mask = check.mask("mask", mask)
+        check.shape("mask", mask, token_ids.shape, "token_ids.shape")
+        check.same_device("mask", mask, "logits", logits)
     if shift and logits.dim() < 2:
-        raise ValueError(f"{where}: shift=True wants logits [.., T, V], got {_checks.describe(logits)}.")
-    temperature = _checks.positive_float(where, "temperature", temperature)
-    softcap = _checks.positive_float(where, "softcap", softcap, optional=True)
+        raise check.value_error(f"shift=True wants logits [.., T, V], got {checks.describe(logits)}.")
+    temperature = check.positive_float("temperature", temperature)
+    softcap = check.optional_positive_float("softcap", softcap)
     return token_ids.to(torch.int64), mask, temperature, softcap
 
 
@@ -179,7 +179,7 @@ def _token_stats(
     backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])
     rows = _rows.rows_of(logits, shift)
     ids, live = _rows.beside(token_ids, rows), _rows.beside(mask, rows)
-    _rows.check_ids("token_stats", ids, live, logits.shape[-1], shift)
+    _rows.check_ids(Check("token_stats"), ids, live, logits.shape[-1], shift)
     outputs = backend.forward(rows, ids, live, temperature=temperature, softcap=softcap, shift=shift)
     logp, entropy, score_sqnorm, lse = (o.view(token_ids.shape) for o in outputs)
     return logp, entropy, score_sqnorm, lse

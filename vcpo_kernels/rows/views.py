@@ -7,7 +7,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core.checks import Check
 
 
 def row_groups(logits: Tensor, keep_last: bool) -> list[tuple[int, int]]:
@@ -60,10 +60,10 @@ def beside(value: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if value is None else value.reshape(rows.shape[:2]).contiguous()
 
 
-def check_ids(where: str, token_ids: Tensor, mask: Tensor | None, vocabulary: int, shift: bool) -> None:
+def check_ids(check: Check, token_ids: Tensor, mask: Tensor | None, vocabulary: int, shift: bool) -> None:
     """On the CPU, a live id [outer, inner] outside the vocabulary is an error; a GPU is not waited for."""
     if token_ids.device.type == "cpu":
-        _checks.vocabulary_ids(where, token_ids, counts(token_ids, mask, shift), vocabulary)
+        check.vocabulary_ids(token_ids, counts(token_ids, mask, shift), vocabulary)
 
 
 def counts(token_ids: Tensor, mask: Tensor | None, shift: bool) -> Tensor | None:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
-from vcpo_kernels.core import registry
+from vcpo_kernels.core import checks, registry
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.library import LIBRARY, qualified
 from vcpo_kernels.head import arguments as _head_inputs
 from vcpo_kernels.rows import known_gradient as _scale
@@ -61,11 +61,11 @@ def weighted_logp(
     >>> logits.grad[1]
     tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
-    where = "weighted_logp"
-    token_ids, mask, temperature, softcap = checked(where, logits, token_ids, mask, temperature, softcap, shift)
-    coefficients = checked_coefficients(where, coefficients, token_ids, logits)
+    check = Check("weighted_logp")
+    token_ids, mask, temperature, softcap = checked(check, logits, token_ids, mask, temperature, softcap, shift)
+    coefficients = checked_coefficients(check, coefficients, token_ids, logits)
     if inplace:
-        _checks.not_a_leaf(where, "inplace", logits)
+        check.not_a_leaf("inplace", logits)
     rows_fit = torch.compiler.is_compiling() or _rows.as_rows(logits, shift) is not None
     if not rows_fit:  # more than two batch dimensions that no stride can merge: one call per slice of the first
         masks = mask if mask is not None else [None] * len(logits)
@@ -85,12 +85,12 @@ def weighted_logp(
     return loss, TokenStats.detached(statistics, shift)
 
 
-def checked_coefficients(where: str, coefficients: Any, token_ids: Tensor, beside: Tensor) -> Tensor:
+def checked_coefficients(check: Check, coefficients: Any, token_ids: Tensor, beside: Tensor) -> Tensor:
     """Coefficients as fp32 (float64 beside float64) in the shape of token_ids."""
     fix = "A vcpo_loss's coefficients are one per sequence: segments.spread(-out.coefficients)."
-    _checks.tensor(where, "coefficients", coefficients, _checks.FLOAT_DTYPES, fix)
-    _checks.shape(where, "coefficients", coefficients, token_ids.shape, "token_ids.shape", fix)
-    _checks.same_device(where, "coefficients", coefficients, "token_ids", token_ids)
+    check.tensor("coefficients", coefficients, checks.FLOAT_DTYPES, fix)
+    check.shape("coefficients", coefficients, token_ids.shape, "token_ids.shape", fix)
+    check.same_device("coefficients", coefficients, "token_ids", token_ids)
     return coefficients.to(torch.float64 if beside.dtype == torch.float64 else torch.float32)
 
 
@@ -120,7 +120,7 @@ def _into(
     """loss and statistics; the gradient into `out`, which may be `logits`."""
     rows = _rows.rows_of(logits, shift)
     ids, live, c = _rows.beside(token_ids, rows), _rows.beside(mask, rows), _rows.beside(coefficients, rows)
-    _rows.check_ids("weighted_logp", ids, live, logits.shape[-1], shift)
+    _rows.check_ids(Check("weighted_logp"), ids, live, logits.shape[-1], shift)
     settings = {"temperature": temperature, "softcap": softcap, "shift": shift}
     if out is None:
         backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])

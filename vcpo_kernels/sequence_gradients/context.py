@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred as _deferred
 from vcpo_kernels.parallel.averaging import average_gradients
 from vcpo_kernels.sequence_gradients import module_rules as _taps
@@ -25,6 +26,7 @@ from vcpo_kernels.sequences.ess import check_segments
 from vcpo_kernels.sequences.segments import Segments
 
 WHERE = "SequenceGradients"
+CHECK = Check(WHERE)
 
 
 class SequenceGradients:
@@ -62,7 +64,7 @@ class SequenceGradients:
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"{WHERE}: model must be an nn.Module, got {_checks.describe(model)}.")
+            raise CHECK.type_error(f"model must be an nn.Module, got {checks.describe(model)}.")
         self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self._model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         _check_eager_and_whole(self._model)
@@ -122,15 +124,15 @@ class SequenceGradients:
             TypeError, ValueError: naming the argument. RuntimeError: a module whose rows cannot be told apart by sequence,
             tokens of no sequence that take a gradient, or a parameter that was used outside its own module's forward.
         """
-        where = f"{WHERE}.backward"
-        self._check_active(where)
-        check_segments(where, segments)
-        _checks.tensor(where, "per_sequence", per_sequence, _checks.FLOAT_DTYPES)
+        check = Check(f"{WHERE}.backward")
+        self._check_active(check)
+        check_segments(check, segments)
+        check.tensor("per_sequence", per_sequence, checks.FLOAT_DTYPES)
         fix = "One scalar per sequence: segments.sum(stats.logp)."
-        _checks.shape(where, "per_sequence", per_sequence, (segments.num_sequences,), "segments.num_sequences", fix)
+        check.shape("per_sequence", per_sequence, (segments.num_sequences,), "segments.num_sequences", fix)
         if not per_sequence.requires_grad:
-            raise ValueError(
-                f"{where}: per_sequence has no gradient: it must come from a forward inside the context, under grad mode."
+            raise check.value_error(
+                "per_sequence has no gradient: it must come from a forward inside the context, under grad mode."
             )
         self._layout, self._gradients = Layout(segments), {}
         try:
@@ -150,7 +152,7 @@ class SequenceGradients:
     @torch.no_grad()
     def squared_norms_by_parameter(self) -> dict[str, Tensor]:
         """The terms of `squared_norms`, [B] float64 each, by the parameters' names in the model."""
-        self._check_batches(f"{WHERE}.squared_norms")
+        self._check_batches(Check(f"{WHERE}.squared_norms"))
         parts: dict[str, list[Tensor]] = {}
         device = next(iter(self._names)).device
         for count, gradients in self._batches:
@@ -174,11 +176,11 @@ class SequenceGradients:
         Raises:
             TypeError, ValueError: naming the argument. RuntimeError: no `backward` came before.
         """
-        where = f"{WHERE}.accumulate_"
-        self._check_batches(where)
-        _checks.tensor(where, "coefficients", coefficients, _checks.FLOAT_DTYPES)
+        check = Check(f"{WHERE}.accumulate_")
+        self._check_batches(check)
+        check.tensor("coefficients", coefficients, checks.FLOAT_DTYPES)
         counts = [count for count, _ in self._batches]
-        _checks.shape(where, "coefficients", coefficients, (sum(counts),), "the sequences since the last accumulate_")
+        check.shape("coefficients", coefficients, (sum(counts),), "the sequences since the last accumulate_")
         batches, self._batches = self._batches, []
         for (_, gradients), part in zip(batches, coefficients.detach().split(counts), strict=True):
             while gradients:
@@ -211,13 +213,13 @@ class SequenceGradients:
             tap.rule.record(tap.module, tap.name or type(tap.module).__name__, layout, x, grad, into)
 
     def _record_head(self, parameters: tuple[Tensor, Tensor | None], lead: tuple[int, ...], use: HeadUse) -> None:
-        where = "linear_token_stats (of hidden states whole, with shift=True)"
-        layout = self._layout_now(where)
-        layout.rows_per_token(where, lead)
+        site = "linear_token_stats (of hidden states whole, with shift=True)"
+        layout = self._layout_now(site)
+        layout.rows_per_token(site, lead)
         permutation, spans = layout.places(use.positions)
         owned = int(spans.offsets[-1])
         if owned < len(permutation):
-            layout.check_nobodys(where, use.left.selected(permutation[owned:]).block(slice(0, use.left.width)))
+            layout.check_nobodys(site, use.left.selected(permutation[owned:]).block(slice(0, use.left.width)))
         as_they_are = layout.segments.order is None and owned == len(permutation)
         left = use.left if as_they_are else use.left.selected(permutation[:owned])
         for parameter, right in zip(parameters, (use.hidden, use.factors), strict=True):
@@ -252,14 +254,14 @@ class SequenceGradients:
             )
         return self._layout
 
-    def _check_active(self, where: str) -> None:
+    def _check_active(self, check: Check) -> None:
         if self not in _deferred.active:
-            raise RuntimeError(f"{where}: call it inside `with SequenceGradients(model) as grads:`.")
+            raise check.runtime_error("call it inside `with SequenceGradients(model) as grads:`.")
 
-    def _check_batches(self, where: str) -> None:
-        self._check_active(where)
+    def _check_batches(self, check: Check) -> None:
+        self._check_active(check)
         if not self._batches:
-            raise RuntimeError(f"{where}: no batch to work on. Call grads.backward(per_sequence, segments) first.")
+            raise check.runtime_error("no batch to work on. Call grads.backward(per_sequence, segments) first.")
 
 
 def _add(parameter: Tensor, gradient: ParameterGradient, coefficients: Tensor) -> None:
@@ -275,14 +277,14 @@ def _check_eager_and_whole(model: nn.Module) -> None:
         getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
     )
     if compiled:
-        raise TypeError(
-            f"{WHERE}: {type(model).__name__} is compiled, and a compiled graph has no modules to tap. Pass the model before "
+        raise CHECK.type_error(
+            f"{type(model).__name__} is compiled, and a compiled graph has no modules to tap. Pass the model before "
             "torch.compile, or use OPOBAccumulator."
         )
     for name, p in model.named_parameters():
         if hasattr(p, "full_tensor") or type(p).__name__ == "FlatParameter":
-            raise TypeError(
-                f"{WHERE}: parameter {name!r} is sharded ({type(p).__name__}); whole parameters are needed. "
+            raise CHECK.type_error(
+                f"parameter {name!r} is sharded ({type(p).__name__}); whole parameters are needed. "
                 "Use DistributedDataParallel, or OPOBAccumulator."
             )
 
@@ -300,10 +302,10 @@ def _rules(model: nn.Module) -> list[tuple[nn.Module, str, _taps.Rule, tuple[str
         else:
             found.append((module, name, rule, own))
     if problems:
-        raise ValueError(
-            f"{WHERE}: no exact per-sequence gradients for these modules:\n" + "\n".join(problems) + "\n"
+        raise CHECK.value_error(
+            "no exact per-sequence gradients for these modules:\n" + "\n".join(problems) + "\n"
             "Freeze their parameters (requires_grad_(False)), or use OPOBAccumulator, which takes any model."
         )
     if not found:
-        raise ValueError(f"{WHERE}: {type(model).__name__} has no parameter that requires a gradient.")
+        raise CHECK.value_error(f"{type(model).__name__} has no parameter that requires a gradient.")
     return found

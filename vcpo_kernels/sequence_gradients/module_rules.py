@@ -26,34 +26,34 @@ Gradients = dict[str, ParameterGradient]  # of a module's own parameters that ta
 class Rule:
     """How one kind of module is tapped.
 
-    parameters: the names it may have. record: (module, where, layout, input, output gradient, gradients) adds the uses.
+    parameters: the names it may have. record: (module, site, layout, input, output gradient, gradients) adds the uses.
     """
 
     parameters: frozenset[str]
     record: Callable[[nn.Module, str, Layout, Tensor, Tensor, Gradients], None]
 
 
-def _linear(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _linear(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """y = x W^T + b: dW = sum_t grad_t x_t^T, db = sum_t grad_t."""
-    spans, (g, a) = layout.arranged(where, grad, x.to(grad.dtype))
+    spans, (g, a) = layout.arranged(site, grad, x.to(grad.dtype))
     if "weight" in into:
         into["weight"].products.append(product_of(g, a, spans))
     if "bias" in into:
         into["bias"].add_whole(spans.sums(g))
 
 
-def _conv1d(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _conv1d(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """transformers' Conv1D, y = x W + b: its weight is a Linear's transposed."""
-    spans, (g, a) = layout.arranged(where, grad, x.to(grad.dtype))
+    spans, (g, a) = layout.arranged(site, grad, x.to(grad.dtype))
     if "weight" in into:
         into["weight"].products.append(product_of(g, a, spans, transposed=True))
     if "bias" in into:
         into["bias"].add_whole(spans.sums(g))
 
 
-def _embedding(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _embedding(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """y_t = W[x_t], times a scale where the module has one; padding_idx takes no gradient."""
-    spans, (g, ids) = layout.arranged(where, grad, x.unsqueeze(-1))
+    spans, (g, ids) = layout.arranged(site, grad, x.unsqueeze(-1))
     ids = ids[:, 0].to(torch.int64)
     scale = getattr(module, "embed_scale", None)
     if scale is not None:
@@ -64,16 +64,16 @@ def _embedding(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: T
     into["weight"].lookups.append(Lookup(ids, g, spans))
 
 
-def _elementwise(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _elementwise(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """y = f(x) w + rest(x) + b, whatever f is: f(x) is what a weight of 1 adds to a weight of 0."""
     _add_scaled(
-        layout.arranged(where, grad, x), into, lambda a: _with_weight(module, a, 1.0) - _with_weight(module, a, 0.0)
+        layout.arranged(site, grad, x), into, lambda a: _with_weight(module, a, 1.0) - _with_weight(module, a, 0.0)
     )
 
 
-def _scaling(module: nn.Module, where: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _scaling(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """The same without a rest, as most are: one forward less."""
-    _add_scaled(layout.arranged(where, grad, x), into, lambda a: _with_weight(module, a, 1.0))
+    _add_scaled(layout.arranged(site, grad, x), into, lambda a: _with_weight(module, a, 1.0))
 
 
 def _add_scaled(arranged: tuple[Spans, list[Tensor]], into: Gradients, scaled_of: Callable[[Tensor], Tensor]) -> None:

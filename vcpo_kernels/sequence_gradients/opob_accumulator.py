@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.ess import check_segments, sequence_log_weights
 from vcpo_kernels.sequences.segments import Segments
@@ -25,6 +26,7 @@ from vcpo_kernels.sequences.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
 from vcpo_kernels.sequences.vcpo_coefficients import aggregation_scale, usable_below
 
 WHERE = "OPOBAccumulator"
+CHECK = Check(WHERE)
 
 
 @dataclass
@@ -79,17 +81,17 @@ class OPOBAccumulator:
 
     def __init__(self, params: Iterable[Tensor], config: VCPOConfig) -> None:
         if isinstance(params, Tensor) or not isinstance(params, Iterable):
-            raise TypeError(
-                f"{WHERE}: params must be an iterable of parameters, got {_checks.describe(params)}. model.parameters()."
+            raise CHECK.type_error(
+                f"params must be an iterable of parameters, got {checks.describe(params)}. model.parameters()."
             )
         given = list(params)
         for p in given:
-            _checks.tensor(WHERE, "params", p, fix="Pass model.parameters(), not named_parameters().")
+            CHECK.tensor("params", p, fix="Pass model.parameters(), not named_parameters().")
             if hasattr(p, "full_tensor"):
-                raise TypeError(f"{WHERE}: params holds a DTensor, of whose gradient this rank has a part only.")
+                raise CHECK.type_error("params holds a DTensor, of whose gradient this rank has a part only.")
         self._params = [p for p in given if p.requires_grad]
         if not self._params:
-            raise ValueError(f"{WHERE}: params must hold parameters that require a gradient, got {len(given)} without.")
+            raise CHECK.value_error(f"params must hold parameters that require a gradient, got {len(given)} without.")
         self._config = _checked_config(config)
         self._buffer: dict[Tensor, Tensor] = {}
         self._group: _Group | None = None
@@ -98,16 +100,16 @@ class OPOBAccumulator:
 
     def start_group(self, rewards: Tensor) -> None:
         """Begin a prompt. rewards: R_i of its sequences, [n], in the order in which `backward` will see them."""
-        where = f"{WHERE}.start_group"
+        check = Check(f"{WHERE}.start_group")
         if self._group is not None:
-            raise RuntimeError(f"{where}: the group before is not finished. Call finish_group() first.")
-        _checks.tensor(where, "rewards", rewards)
+            raise check.runtime_error("the group before is not finished. Call finish_group() first.")
+        check.tensor("rewards", rewards)
         if rewards.dim() != 1 or rewards.numel() == 0:
-            raise ValueError(f"{where}: rewards must be [n] with n >= 1, got {_checks.describe(rewards)}.")
+            raise check.value_error(f"rewards must be [n] with n >= 1, got {checks.describe(rewards)}.")
         r = rewards.detach().double()
         if not bool(r.isfinite().all()):
-            raise ValueError(
-                f"{where}: rewards must be finite, got {rewards.tolist()[:8]}. Give failed samples a number."
+            raise check.value_error(
+                f"rewards must be finite, got {rewards.tolist()[:8]}. Give failed samples a number."
             )
         std = float(r.std(correction=0))
         divisor = std if self._config.normalize_std and std > 1e-8 else 1.0
@@ -122,15 +124,15 @@ class OPOBAccumulator:
         Args:
             stats: of a batch of one sequence. behavior_logp: in the shape of stats.logp. segments: with one sequence.
         """
-        where = f"{WHERE}.backward"
-        group = self._started(where)
-        check_segments(where, segments)
+        check = Check(f"{WHERE}.backward")
+        group = self._started(check)
+        check_segments(check, segments)
         if segments.num_sequences != 1:
-            raise ValueError(
-                f"{where}: segments must hold one sequence, got {segments.num_sequences}. Call once for each."
+            raise check.value_error(
+                f"segments must hold one sequence, got {segments.num_sequences}. Call once for each."
             )
         if len(group.norms) == len(group.rewards):
-            raise ValueError(f"{where}: all {len(group.rewards)} sequences of the group are in. Call finish_group().")
+            raise check.value_error(f"all {len(group.rewards)} sequences of the group are in. Call finish_group().")
         log_weight = sequence_log_weights(stats, behavior_logp, segments)
         length = self._keep(stats, behavior_logp, segments)
         norm = torch.zeros((), dtype=torch.float64, device=log_weight.device)
@@ -138,7 +140,7 @@ class OPOBAccumulator:
         takes_part = value < usable_below(self._config.max_weight)  # NaN is not
         if takes_part and length and not group.equal:
             if not stats.logp.requires_grad:
-                raise ValueError(f"{where}: stats carry no gradient: take them under grad mode, from the model itself.")
+                raise check.value_error("stats carry no gradient: take them under grad mode, from the model itself.")
             scale = -self._scale(value, length) / group.std
             reward = float(group.rewards[len(group.norms)]) - group.center
             norm = self._backward(log_weight.sum(), scale, reward)
@@ -146,12 +148,12 @@ class OPOBAccumulator:
 
     def finish_group(self) -> Tensor:
         """Complete the prompt's part of param.grad. Returns its baseline b_g, 0-d."""
-        where = f"{WHERE}.finish_group"
-        group = self._started(where)
+        check = Check(f"{WHERE}.finish_group")
+        group = self._started(check)
         count = len(group.rewards)
         if len(group.norms) != count:
-            raise RuntimeError(
-                f"{where}: {len(group.norms)} of the group's {count} sequences are in. backward() the rest."
+            raise check.runtime_error(
+                f"{len(group.norms)} of the group's {count} sequences are in. backward() the rest."
             )
         first = len(self._sequences) - count
         self._sequences[first:] = [
@@ -172,11 +174,11 @@ class OPOBAccumulator:
         """ESS, baselines, advantages, coefficients and metrics of all finished groups, for `EssLearningRate.observe` and
         logs; its loss carries no gradient. Begins anew.
         """
-        where = f"{WHERE}.output"
+        check = Check(f"{WHERE}.output")
         if self._group is not None:
-            raise RuntimeError(f"{where}: a group is not finished. Call finish_group() first.")
+            raise check.runtime_error("a group is not finished. Call finish_group() first.")
         if not self._rewards:
-            raise RuntimeError(f"{where}: no group was finished.")
+            raise check.runtime_error("no group was finished.")
         result = self._output_of(self._rewards, self._sequences)
         self._rewards, self._sequences = [], []
         return result
@@ -220,11 +222,11 @@ class OPOBAccumulator:
 
     def _keep(self, stats: TokenStats, behavior_logp: Tensor, segments: Segments) -> float:
         """Remember the valid tokens; how many they are."""
-        logp = segments.flat(WHERE, "stats", stats.logp).detach()
+        logp = segments.flat(CHECK, "stats", stats.logp).detach()
         mask = segments.mask_without_first(logp.numel()) if stats.shifted else segments.mask
         valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
         valid = valid & (segments.spread(torch.ones_like(logp[:1]), like=logp) != 0)
-        mu = segments.flat(WHERE, "behavior_logp", behavior_logp).detach()
+        mu = segments.flat(CHECK, "behavior_logp", behavior_logp).detach()
         self._sequences.append(_Sequence(logp[valid], mu[valid], logp.new_zeros(())))
         return float(valid.sum())
 
@@ -246,23 +248,23 @@ class OPOBAccumulator:
             num_groups=len(rewards),
         )
 
-    def _started(self, where: str) -> _Group:
+    def _started(self, check: Check) -> _Group:
         if self._group is None:
-            raise RuntimeError(f"{where}: no group is started. Call start_group(rewards) first.")
+            raise check.runtime_error("no group is started. Call start_group(rewards) first.")
         return self._group
 
 
 def _checked_config(config: Any) -> VCPOConfig:
     if not isinstance(config, VCPOConfig):
-        raise TypeError(f"{WHERE}: config must be a VCPOConfig, got {_checks.describe(config)}.")
+        raise CHECK.type_error(f"config must be a VCPOConfig, got {checks.describe(config)}.")
     if isinstance(config.score_norm, Tensor):
-        raise ValueError(f"{WHERE}: config.score_norm must stay 'logit': the exact norms are measured here.")
+        raise CHECK.value_error("config.score_norm must stay 'logit': the exact norms are measured here.")
     needed = {"token-mean": "num_tokens"}.get(config.aggregation, "num_sequences")
     needs = [needed] + ["max_tokens"] * (config.aggregation == "seq-mean-token-sum-norm")
     for name in needs:
         if getattr(config, name) is None:
-            raise ValueError(
-                f"{WHERE}: aggregation {config.aggregation!r} needs config.{name}, since sequences are scaled one by one, "
+            raise CHECK.value_error(
+                f"aggregation {config.aggregation!r} needs config.{name}, since sequences are scaled one by one, "
                 f"before all are seen. Set VCPOConfig({name}=...) to that of the whole step."
             )
     return config

@@ -80,19 +80,19 @@ class Layout:
         for name, value in (("end", end), ("max_length", longest), ("equal", equal)):
             object.__setattr__(self, name, value)
 
-    def arranged(self, where: str, grad: Tensor, *others: Tensor) -> tuple[Spans, list[Tensor]]:
+    def arranged(self, site: str, grad: Tensor, *others: Tensor) -> tuple[Spans, list[Tensor]]:
         """A module's output gradient and tensors beside it, all [*lead, d], as rows [R, d] sorted by sequence.
 
         Raises RuntimeError where `lead` does not tell whose row is whose, or a row that is nobody's has a gradient.
         """
         lead = tuple(grad.shape[:-1])
-        per_token = self.rows_per_token(where, lead)
+        per_token = self.rows_per_token(site, lead)
         tensors = [t.expand(*lead, t.shape[-1]) for t in (grad, *others)]
         if self.equal:
             return self._spans(per_token), [t.reshape(-1, t.shape[-1]) for t in tensors]
         tokens = [t.reshape(-1, per_token, t.shape[-1]) for t in tensors]
         order = self.segments.order
-        self.check_nobodys(where, tokens[0][self.end :] if order is None else tokens[0][order[self.end :]])
+        self.check_nobodys(site, tokens[0][self.end :] if order is None else tokens[0][order[self.end :]])
         kept = [t[: self.end] if order is None else t[order[: self.end]] for t in tokens]
         return self._spans(per_token), [t.reshape(-1, t.shape[-1]) for t in kept]
 
@@ -110,7 +110,7 @@ class Layout:
     def _spans(self, per_token: int) -> Spans:
         return Spans(self.segments.offsets * per_token, self.max_length * per_token, self.equal)
 
-    def rows_per_token(self, where: str, lead: tuple[int, ...]) -> int:
+    def rows_per_token(self, site: str, lead: tuple[int, ...]) -> int:
         """Rows that a module with these leading dimensions has of each token."""
         rows = math.prod(lead)
         if self.equal:
@@ -131,16 +131,16 @@ class Layout:
                 return math.prod(inner[1:])
             wanted = f"({count or self.end}, ..) or (1, {count or self.end}, ..)"
         raise RuntimeError(
-            f"SequenceGradients: the output of {where} has leading dimensions {lead}, but the segments have {wanted}: "
+            f"SequenceGradients: the output of {site} has leading dimensions {lead}, but the segments have {wanted}: "
             "which row is whose sequence's cannot be told. Pass the Segments of the batch that the model was called with; "
             "where the module shares rows between sequences (or reorders them), use OPOBAccumulator."
         )
 
-    def check_nobodys(self, where: str, rows: Tensor) -> None:
+    def check_nobodys(self, site: str, rows: Tensor) -> None:
         """Raise where rows that belong to no sequence have a gradient."""
         if rows.numel() and bool(rows.any()):
             raise RuntimeError(
-                f"SequenceGradients: at {where}, tokens that belong to no sequence take a gradient (segment id -1, or "
+                f"SequenceGradients: at {site}, tokens that belong to no sequence take a gradient (segment id -1, or "
                 "past the end of cu_seqlens). What several sequences share, such as a common prefix, has one gradient that is "
                 "the sum of all theirs, which cannot be told apart. Give every sequence its own copy of the prefix, or use "
                 "OPOBAccumulator."

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.sequences.ess import usable
 
 
@@ -46,32 +47,32 @@ WEIGHTINGS: dict[str, Callable[[SequenceTerms], Tensor]] = {
 
 
 def check_groups(
-    where: str, groups: int | Tensor, num_sequences: int, num_groups: int | None
+    check: Check, groups: int | Tensor, num_sequences: int, num_groups: int | None
 ) -> tuple[Tensor | None, int, int]:
     """`groups`, checked, as (int64 ids [B], 0, number of groups) or (None, consecutive sequences per group, number)."""
     if isinstance(groups, Tensor):
         fix = "Number prompts from 0: torch.unique(prompt_ids, return_inverse=True)[1]."
-        _checks.tensor(where, "groups", groups, _checks.ID_DTYPES, fix)
-        _checks.shape(where, "groups", groups, (num_sequences,), "one group id per sequence")
-        count = num_sequences if num_groups is None else _checks.integer(where, "num_groups", num_groups, 0)
-        if _checks.readable(groups) and groups.numel() and bool(((groups < 0) | (groups >= count)).any()):
-            raise ValueError(
-                f"{where}: groups must lie in [0, {count}), got ids from {int(groups.min())} to {int(groups.max())}. "
+        check.tensor("groups", groups, checks.ID_DTYPES, fix)
+        check.shape("groups", groups, (num_sequences,), "one group id per sequence")
+        count = num_sequences if num_groups is None else check.integer("num_groups", num_groups, 0)
+        if checks.readable(groups) and groups.numel() and bool(((groups < 0) | (groups >= count)).any()):
+            raise check.value_error(
+                f"groups must lie in [0, {count}), got ids from {int(groups.min())} to {int(groups.max())}. "
                 "Number them from 0: torch.unique(groups, return_inverse=True)[1]."
             )
         return groups.to(torch.int64), 0, count
     if isinstance(groups, bool) or not isinstance(groups, (int, numbers.Integral)):
-        raise TypeError(
-            f"{where}: groups must be an int (sequences per prompt, consecutive) or an int64 tensor [B], "
-            f"got {_checks.describe(groups)}. Group ids go in a tensor: torch.tensor(ids)."
+        raise check.type_error(
+            f"groups must be an int (sequences per prompt, consecutive) or an int64 tensor [B], "
+            f"got {checks.describe(groups)}. Group ids go in a tensor: torch.tensor(ids)."
         )
     if num_groups is not None:
-        raise ValueError(
-            f"{where}: num_groups={num_groups} goes with group ids; an int groups={groups} fixes it already."
+        raise check.value_error(
+            f"num_groups={num_groups} goes with group ids; an int groups={groups} fixes it already."
         )
     if groups < 1 or num_sequences % groups:
-        raise ValueError(
-            f"{where}: groups={groups} must divide the {num_sequences} sequences of the batch into whole prompts. "
+        raise check.value_error(
+            f"groups={groups} must divide the {num_sequences} sequences of the batch into whole prompts. "
             "For groups of unequal size pass an int64 tensor of group ids."
         )
     return None, int(groups), num_sequences // int(groups)
@@ -136,46 +137,46 @@ def off_policy_baseline(
     >>> vk.off_policy_baseline(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]), torch.tensor([3.0, 1.0]), 2)
     tensor([0.7500])
     """
-    where = "off_policy_baseline"
-    _checks.tensor(where, "rewards", rewards, (torch.float32, torch.float64), "Convert it: rewards.float().")
+    check = Check("off_policy_baseline")
+    check.tensor("rewards", rewards, (torch.float32, torch.float64), "Convert it: rewards.float().")
     if rewards.dim() != 1:
-        raise ValueError(
-            f"{where}: rewards must be [B], got {_checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."
+        raise check.value_error(
+            f"rewards must be [B], got {checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."
         )
     for name, value in (("log_weights", log_weights), ("score_sqnorm", score_sqnorm)):
-        _checks.tensor(where, name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
-        _checks.shape(where, name, value, rewards.shape, "rewards.shape")
-        _checks.same_device(where, name, value, "rewards", rewards)
-    check_rewards(where, rewards, torch.ones_like(rewards, dtype=torch.bool))
-    check_norms(where, "score_sqnorm", score_sqnorm, usable(log_weights))
-    ids, size, count = check_groups(where, groups, rewards.shape[0], num_groups)
+        check.tensor(name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
+        check.shape(name, value, rewards.shape, "rewards.shape")
+        check.same_device(name, value, "rewards", rewards)
+    check_rewards(check, rewards, torch.ones_like(rewards, dtype=torch.bool))
+    check_norms(check, "score_sqnorm", score_sqnorm, usable(log_weights))
+    ids, size, count = check_groups(check, groups, rewards.shape[0], num_groups)
     if ids is None:
         ids = torch.arange(rewards.shape[0], device=rewards.device) // size
     else:
-        _checks.same_device(where, "groups", ids, "rewards", rewards)
+        check.same_device("groups", ids, "rewards", rewards)
     log_a = 2 * log_weights.double() + score_sqnorm.double().log()
     ok = usable(log_weights) & rewards.isfinite() & (score_sqnorm >= 0) & (score_sqnorm < math.inf)
     return group_baselines(rewards.detach().double(), log_a.detach(), ok, ids, count)[0].to(rewards.dtype)
 
 
-def check_rewards(where: str, rewards: Tensor, live: Tensor) -> None:
+def check_rewards(check: Check, rewards: Tensor, live: Tensor) -> None:
     """On the CPU, a reward of a live sequence that is not finite is an error."""
-    if _checks.readable(rewards) and not bool((rewards.isfinite() | ~live).all()):
+    if checks.readable(rewards) and not bool((rewards.isfinite() | ~live).all()):
         at = int((~rewards.isfinite() & live).nonzero()[0])
-        raise ValueError(
-            f"{where}: rewards of sequences with valid tokens must be finite, got {float(rewards[at])} at index {at}. "
+        raise check.value_error(
+            f"rewards of sequences with valid tokens must be finite, got {float(rewards[at])} at index {at}. "
             "Give failed samples a finite reward, or mask all their tokens out."
         )
 
 
-def check_norms(where: str, name: str, norms: Tensor, taking_part: Tensor) -> None:
+def check_norms(check: Check, name: str, norms: Tensor, taking_part: Tensor) -> None:
     """On the CPU, a squared norm that is negative or not finite is an error, unless its sequence is out of the loss anyway."""
-    if not _checks.readable(norms):
+    if not checks.readable(norms):
         return
     bad = taking_part & ~((norms >= 0) & (norms < math.inf))
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
-        raise ValueError(
-            f"{where}: {name} must hold finite values >= 0 (squared norms), got {float(norms[at])} at index {at}. "
+        raise check.value_error(
+            f"{name} must hold finite values >= 0 (squared norms), got {float(norms[at])} at index {at}. "
             "Square the norms, and look for an overflow where they are inf or NaN."
         )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.segment_sum import segment_sum
 from vcpo_kernels.sequences.segments import Segments
@@ -47,26 +48,26 @@ def sequence_log_weights(logp: Tensor | TokenStats, behavior_logp: Tensor, segme
     >>> vk.sequence_log_weights(torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]), torch.full((2, 2), -1.5), seg)
     tensor([0.0000, 0.5000])
     """
-    where = "sequence_log_weights"
-    check_segments(where, segments)
+    check = Check("sequence_log_weights")
+    check_segments(check, segments)
     theta = logp.logp if isinstance(logp, TokenStats) else logp
-    _checks.tensor(where, "logp", theta, _checks.FLOAT_DTYPES)
-    _checks.tensor(where, "behavior_logp", behavior_logp, _checks.FLOAT_DTYPES)
+    check.tensor("logp", theta, checks.FLOAT_DTYPES)
+    check.tensor("behavior_logp", behavior_logp, checks.FLOAT_DTYPES)
     mask = segments.mask
-    flat = segments.flat(where, "logp", theta)
+    flat = segments.flat(check, "logp", theta)
     if isinstance(logp, TokenStats) and logp.shifted:
         mask = segments.mask_without_first(flat.numel())
-    mu = segments.flat(where, "behavior_logp", behavior_logp).detach()
-    _checks.shape(where, "behavior_logp", mu, flat.shape, "as many tokens as logp")
+    mu = segments.flat(check, "behavior_logp", behavior_logp).detach()
+    check.shape("behavior_logp", mu, flat.shape, "as many tokens as logp")
     wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
     return segment_sum(flat.to(wide) - mu.to(wide), mask, segments.offsets, segments.order)
 
 
-def check_segments(where: str, segments: object) -> None:
+def check_segments(check: Check, segments: object) -> None:
     """Raise unless `segments` is a Segments: a bare mask is what callers pass by mistake."""
     if not isinstance(segments, Segments):
-        raise TypeError(
-            f"{where}: segments must be a Segments, got {_checks.describe(segments)}. Make one: Segments.padded(mask) "
+        raise check.type_error(
+            f"segments must be a Segments, got {checks.describe(segments)}. Make one: Segments.padded(mask) "
             "for [B, T] batches, Segments.packed(cu_seqlens) or Segments.indexed(segment_id, num_sequences)."
         )
 
@@ -123,16 +124,14 @@ def effective_sample_size(log_weights: Tensor, valid: Tensor | None = None) -> E
     >>> vk.effective_sample_size(torch.tensor([-1e4, -1e4, -1e4, -1e4])).ratio
     tensor(1.)
     """
-    where = "effective_sample_size"
-    _checks.tensor(
-        where, "log_weights", log_weights, (torch.float32, torch.float64), "Convert it: log_weights.float()."
-    )
+    check = Check("effective_sample_size")
+    check.tensor("log_weights", log_weights, (torch.float32, torch.float64), "Convert it: log_weights.float().")
     if log_weights.dim() != 1:
-        raise ValueError(f"{where}: log_weights must be [B], got {_checks.describe(log_weights)}.")
+        raise check.value_error(f"log_weights must be [B], got {checks.describe(log_weights)}.")
     if valid is not None:
-        _checks.tensor(where, "valid", valid, (torch.bool,), "Convert it: valid > 0.")
-        _checks.shape(where, "valid", valid, log_weights.shape, "log_weights.shape")
-        _checks.same_device(where, "valid", valid, "log_weights", log_weights)
+        check.tensor("valid", valid, (torch.bool,), "Convert it: valid > 0.")
+        check.shape("valid", valid, log_weights.shape, "log_weights.shape")
+        check.same_device("valid", valid, "log_weights", log_weights)
     moments = ess_moments(log_weights.detach(), valid)
     ess, ratio = ess_from_moments(moments)
     return EffectiveSampleSize(ess.to(log_weights.dtype), ratio.to(log_weights.dtype), moments)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
 
 
@@ -79,11 +80,11 @@ class Segments:
         >>> seg.sum(torch.tensor([[0.5, 1.0, 9.0], [2.0, 9.0, 9.0]]))
         tensor([1.5000, 2.0000])
         """
-        where = "Segments.padded"
-        mask = _checks.as_mask(where, "mask", mask)
+        check = Check("Segments.padded")
+        mask = check.mask("mask", mask)
         if mask.dim() != 2:
-            raise ValueError(
-                f"{where}: mask must be [B, T], got {_checks.describe(mask)}. For flat tokens use Segments.packed or .indexed."
+            raise check.value_error(
+                f"mask must be [B, T], got {checks.describe(mask)}. For flat tokens use Segments.packed or .indexed."
             )
         batch, length = mask.shape
         offsets = torch.arange(batch + 1, device=mask.device) * length
@@ -104,29 +105,27 @@ class Segments:
         >>> vk.Segments.packed(torch.tensor([0, 2, 5])).sum(torch.ones(5))
         tensor([2., 3.])
         """
-        where = "Segments.packed"
-        _checks.tensor(
-            where, "cu_seqlens", cu_seqlens, _checks.ID_DTYPES, "Convert it: torch.as_tensor(cu_seqlens).long()."
-        )
+        check = Check("Segments.packed")
+        check.tensor("cu_seqlens", cu_seqlens, checks.ID_DTYPES, "Convert it: torch.as_tensor(cu_seqlens).long().")
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-            raise ValueError(f"{where}: cu_seqlens must be [B + 1], got {_checks.describe(cu_seqlens)}.")
-        if _checks.readable(cu_seqlens) and (int(cu_seqlens[0]) != 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any())):
-            raise ValueError(
-                f"{where}: cu_seqlens must ascend from 0, got {cu_seqlens.tolist()[:8]}... "
+            raise check.value_error(f"cu_seqlens must be [B + 1], got {checks.describe(cu_seqlens)}.")
+        if checks.readable(cu_seqlens) and (int(cu_seqlens[0]) != 0 or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any())):
+            raise check.value_error(
+                f"cu_seqlens must ascend from 0, got {cu_seqlens.tolist()[:8]}... "
                 "From lengths: torch.nn.functional.pad(lengths.cumsum(0), (1, 0))."
             )
         shape = None
         if mask is not None:
-            mask = _checks.as_mask(where, "mask", mask)
-            _checks.same_device(where, "mask", mask, "cu_seqlens", cu_seqlens)
+            mask = check.mask("mask", mask)
+            check.same_device("mask", mask, "cu_seqlens", cu_seqlens)
             if mask.dim() == 0 or mask.numel() != mask.shape[-1]:
-                raise ValueError(
-                    f"{where}: mask must be [N] or [1, N], one row of tokens as cu_seqlens counts them, "
-                    f"got {_checks.describe(mask)}. For a padded batch use Segments.padded(mask)."
+                raise check.value_error(
+                    f"mask must be [N] or [1, N], one row of tokens as cu_seqlens counts them, "
+                    f"got {checks.describe(mask)}. For a padded batch use Segments.padded(mask)."
                 )
-            if _checks.readable(cu_seqlens) and int(cu_seqlens[-1]) > mask.numel():
-                raise ValueError(
-                    f"{where}: cu_seqlens ends at {int(cu_seqlens[-1])} but mask has only {mask.numel()} tokens."
+            if checks.readable(cu_seqlens) and int(cu_seqlens[-1]) > mask.numel():
+                raise check.value_error(
+                    f"cu_seqlens ends at {int(cu_seqlens[-1])} but mask has only {mask.numel()} tokens."
                 )
             shape = (mask.numel(),)
             mask = mask.reshape(-1)
@@ -146,41 +145,39 @@ class Segments:
         >>> vk.Segments.indexed(torch.tensor([1, 0, 1, -1]), 2).sum(torch.tensor([1.0, 2.0, 4.0, 8.0]))
         tensor([2., 5.])
         """
-        where = "Segments.indexed"
-        _checks.tensor(
-            where, "segment_id", segment_id, _checks.ID_DTYPES, "Convert it: torch.as_tensor(segment_id).long()."
-        )
-        num_sequences = _checks.integer(where, "num_sequences", num_sequences, 0)
+        check = Check("Segments.indexed")
+        check.tensor("segment_id", segment_id, checks.ID_DTYPES, "Convert it: torch.as_tensor(segment_id).long().")
+        num_sequences = check.integer("num_sequences", num_sequences, 0)
         ids = segment_id.reshape(-1)
-        if _checks.readable(ids) and ids.numel() and bool(((ids < -1) | (ids >= num_sequences)).any()):
-            raise ValueError(
-                f"{where}: segment_id must lie in [-1, {num_sequences}), got values from {int(ids.min())} to "
+        if checks.readable(ids) and ids.numel() and bool(((ids < -1) | (ids >= num_sequences)).any()):
+            raise check.value_error(
+                f"segment_id must lie in [-1, {num_sequences}), got values from {int(ids.min())} to "
                 f"{int(ids.max())}. Raise num_sequences, or mark tokens of no sequence with -1."
             )
         if mask is not None:
-            mask = _checks.as_mask(where, "mask", mask)
-            _checks.shape(where, "mask", mask, segment_id.shape, "segment_id.shape")
-            _checks.same_device(where, "mask", mask, "segment_id", segment_id)
+            mask = check.mask("mask", mask)
+            check.shape("mask", mask, segment_id.shape, "segment_id.shape")
+            check.same_device("mask", mask, "segment_id", segment_id)
             mask = mask.reshape(-1)
         last = torch.where((ids < 0) | (ids >= num_sequences), num_sequences, ids.to(torch.int64))
         in_order, order = torch.sort(last, stable=True)
         bounds = torch.arange(num_sequences + 1, device=ids.device)
         return Segments(mask, torch.searchsorted(in_order, bounds), order, tuple(segment_id.shape), None)
 
-    def flat(self, where: str, name: str, value: Any) -> Tensor:
+    def flat(self, check: Check, name: str, value: Any) -> Tensor:
         """A token tensor as [N], after checking that it belongs to these segments."""
-        _checks.tensor(where, name, value)
-        _checks.same_device(where, name, value, "segments", self.offsets)
+        check.tensor(name, value)
+        check.same_device(name, value, "segments", self.offsets)
         if self.shape is not None:
             # [N] and [1, N] are the same tokens; anything else must match dimension by dimension.
             if [n for n in value.shape if n != 1] != [n for n in self.shape if n != 1]:
-                raise ValueError(
-                    f"{where}: {name} must have the segments' shape {self.shape}, got {_checks.describe(value)}."
+                raise check.value_error(
+                    f"{name} must have the segments' shape {self.shape}, got {checks.describe(value)}."
                 )
-        elif _checks.readable(self.offsets) and value.numel() < int(self.offsets[-1]):
-            raise ValueError(
-                f"{where}: {name} must hold the {int(self.offsets[-1])} tokens that cu_seqlens spans, "
-                f"got {_checks.describe(value)}."
+        elif checks.readable(self.offsets) and value.numel() < int(self.offsets[-1]):
+            raise check.value_error(
+                f"{name} must hold the {int(self.offsets[-1])} tokens that cu_seqlens spans, "
+                f"got {checks.describe(value)}."
             )
         return value.reshape(-1)
 
@@ -189,8 +186,9 @@ class Segments:
 
         Masked-out tokens contribute exactly nothing, whatever they hold (NaN and inf included).
         """
-        _checks.tensor("Segments.sum", "values", values, _checks.FLOAT_DTYPES, "Convert it: values.float().")
-        flat = self.flat("Segments.sum", "values", values)
+        check = Check("Segments.sum")
+        check.tensor("values", values, checks.FLOAT_DTYPES, "Convert it: values.float().")
+        flat = self.flat(check, "values", values)
         return segment_sum(flat, self.mask, self.offsets, self.order)
 
     def spread(self, per_sequence: Tensor, like: Tensor | None = None) -> Tensor:
@@ -204,16 +202,16 @@ class Segments:
         tensor([[0.5000, 0.5000, 0.0000],
                 [2.0000, 0.0000, 0.0000]])
         """
-        where = "Segments.spread"
-        _checks.tensor(where, "per_sequence", per_sequence, _checks.FLOAT_DTYPES, "Convert it: per_sequence.float().")
-        _checks.shape(where, "per_sequence", per_sequence, (self.num_sequences,), "one value per sequence")
-        _checks.same_device(where, "per_sequence", per_sequence, "segments", self.offsets)
+        check = Check("Segments.spread")
+        check.tensor("per_sequence", per_sequence, checks.FLOAT_DTYPES, "Convert it: per_sequence.float().")
+        check.shape("per_sequence", per_sequence, (self.num_sequences,), "one value per sequence")
+        check.same_device("per_sequence", per_sequence, "segments", self.offsets)
         if like is not None:
-            self.flat(where, "like", like)
+            self.flat(check, "like", like)
         shape = self.shape if like is None else tuple(like.shape)
         if shape is None:
-            raise ValueError(
-                f"{where}: packed segments without a mask do not know how many tokens there are. Pass like=stats.logp."
+            raise check.value_error(
+                "packed segments without a mask do not know how many tokens there are. Pass like=stats.logp."
             )
         return segment_spread(per_sequence, self.mask, self.offsets, self.order, math.prod(shape)).view(shape)
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.library import LIBRARY, qualified, short_way
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences import baselines
@@ -57,17 +58,17 @@ class VCPOConfig:
     ess_max_weight: float | None = None
 
     def __post_init__(self) -> None:
-        where = "VCPOConfig"
+        check = Check("VCPOConfig")
         for name in ("max_weight", "num_sequences", "num_tokens", "max_tokens", "ess_max_weight"):
-            number = _checks.positive_float(where, name, getattr(self, name), optional=True)
+            number = check.optional_positive_float(name, getattr(self, name))
             object.__setattr__(self, name, number)  # numpy's numbers become Python's, which op schemas take
-        _checks.choice(where, "baseline_weighting", self.baseline_weighting, tuple(baselines.WEIGHTINGS))
-        _checks.choice(where, "aggregation", self.aggregation, AGGREGATIONS)
-        object.__setattr__(self, "normalize_std", _checks.boolean(where, "normalize_std", self.normalize_std))
+        check.choice("baseline_weighting", self.baseline_weighting, tuple(baselines.WEIGHTINGS))
+        check.choice("aggregation", self.aggregation, AGGREGATIONS)
+        object.__setattr__(self, "normalize_std", check.boolean("normalize_std", self.normalize_std))
         if not isinstance(self.score_norm, Tensor) and self.score_norm != "logit":
-            raise ValueError(
-                f"{where}: score_norm must be 'logit' or a tensor [B] of squared gradient norms, "
-                f"got {_checks.describe(self.score_norm)}."
+            raise check.value_error(
+                f"score_norm must be 'logit' or a tensor [B] of squared gradient norms, "
+                f"got {checks.describe(self.score_norm)}."
             )
 
 
@@ -136,31 +137,29 @@ def vcpo_loss(
     (tensor(1.), tensor([ 1., -1.,  0.,  0.]))
     >>> out.loss.backward()
     """
-    where = "vcpo_loss"
+    check = Check("vcpo_loss")
     config = VCPOConfig() if config is None else config
     if not isinstance(config, VCPOConfig):
-        raise TypeError(
-            f"{where}: config must be a VCPOConfig, got {_checks.describe(config)}. Make one: VCPOConfig(...)."
+        raise check.type_error(
+            f"config must be a VCPOConfig, got {checks.describe(config)}. Make one: VCPOConfig(...)."
         )
-    check_segments(where, segments)
+    check_segments(check, segments)
     if not isinstance(stats, TokenStats):
-        raise TypeError(
-            f"{where}: stats must be the TokenStats that token_stats returned, got {_checks.describe(stats)}."
-        )
-    logp = segments.flat(where, "stats", stats.logp)
-    _checks.tensor(where, "behavior_logp", behavior_logp, _checks.FLOAT_DTYPES)
-    mu = segments.flat(where, "behavior_logp", behavior_logp).detach()
-    _checks.shape(where, "behavior_logp", mu, logp.shape, "as many tokens as stats")
+        raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
+    logp = segments.flat(check, "stats", stats.logp)
+    check.tensor("behavior_logp", behavior_logp, checks.FLOAT_DTYPES)
+    mu = segments.flat(check, "behavior_logp", behavior_logp).detach()
+    check.shape("behavior_logp", mu, logp.shape, "as many tokens as stats")
     batch = segments.num_sequences
-    _checks.tensor(where, "rewards", rewards)
-    _checks.shape(where, "rewards", rewards, (batch,), "one reward per sequence", "Flatten it: rewards.reshape(-1).")
-    _checks.same_device(where, "rewards", rewards, "stats", logp)
+    check.tensor("rewards", rewards)
+    check.shape("rewards", rewards, (batch,), "one reward per sequence", "Flatten it: rewards.reshape(-1).")
+    check.same_device("rewards", rewards, "stats", logp)
     rewards = rewards.detach().to(logp.dtype)
-    ids, group_size, count = baselines.check_groups(where, groups, batch, num_groups)
+    ids, group_size, count = baselines.check_groups(check, groups, batch, num_groups)
     if ids is not None:
-        _checks.same_device(where, "groups", ids, "stats", logp)
-    token_scores, score_norms = _norms(where, config, stats, segments, logp)
-    max_tokens = _max_tokens(where, config, segments)
+        check.same_device("groups", ids, "stats", logp)
+    token_scores, score_norms = _norms(check, config, stats, segments, logp)
+    max_tokens = _max_tokens(check, config, segments)
     mask = segments.mask
     if stats.shifted and segments.max_length is None:
         # A packed sequence's first token was predicted from its neighbour: in no count, and without a gradient. (In padded
@@ -173,11 +172,11 @@ def vcpo_loss(
         config.baseline_weighting, config.aggregation, config.normalize_std, config.max_weight, config.ess_max_weight,
         config.num_sequences, config.num_tokens, max_tokens,
     )  # fmt: skip
-    if _checks.readable(rewards):
-        baselines.check_rewards(where, rewards, results.lengths > 0)
+    if checks.readable(rewards):
+        baselines.check_rewards(check, rewards, results.lengths > 0)
         if score_norms is not None:
             taking_part = (results.lengths > 0) & usable(results.log_weights)
-            baselines.check_norms(where, "config.score_norm", score_norms, taking_part)
+            baselines.check_norms(check, "config.score_norm", score_norms, taking_part)
     loss = _call_loss(logp, results.coefficients, results.lengths, mask, segments.offsets, segments.order)
     metrics = dict(zip(METRICS, results.metrics.unbind(), strict=True))
     return VCPOOutput(
@@ -194,22 +193,22 @@ def vcpo_loss(
 
 
 def _norms(
-    where: str, config: VCPOConfig, stats: TokenStats, segments: Segments, logp: Tensor
+    check: Check, config: VCPOConfig, stats: TokenStats, segments: Segments, logp: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     if not isinstance(config.score_norm, Tensor):
-        return segments.flat(where, "stats", stats.score_sqnorm).detach(), None
+        return segments.flat(check, "stats", stats.score_sqnorm).detach(), None
     norms = config.score_norm.detach()
-    _checks.shape(where, "config.score_norm", norms, (segments.num_sequences,), "one squared norm per sequence")
-    _checks.same_device(where, "config.score_norm", norms, "stats", logp)
+    check.shape("config.score_norm", norms, (segments.num_sequences,), "one squared norm per sequence")
+    check.same_device("config.score_norm", norms, "stats", logp)
     return None, norms.to(logp.dtype)
 
 
-def _max_tokens(where: str, config: VCPOConfig, segments: Segments) -> float | None:
+def _max_tokens(check: Check, config: VCPOConfig, segments: Segments) -> float | None:
     if config.aggregation != "seq-mean-token-sum-norm" or config.max_tokens is not None:
         return config.max_tokens
     if segments.max_length is None:
-        raise ValueError(
-            f"{where}: aggregation 'seq-mean-token-sum-norm' needs config.max_tokens for packed and indexed segments, "
+        raise check.value_error(
+            "aggregation 'seq-mean-token-sum-norm' needs config.max_tokens for packed and indexed segments, "
             "whose longest possible sequence is not known. Set VCPOConfig(max_tokens=...) to the generation limit."
         )
     return float(segments.max_length)

@@ -19,7 +19,8 @@ from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 from trl.trainer.base_config import _BaseConfig
 
 import vcpo_kernels as vk
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations.trl.config import check_ess
 from vcpo_kernels.integrations.trl.options import ASYNC_GRPO, refuse_options
 from vcpo_kernels.integrations.trl.step import EssStep
@@ -43,10 +44,10 @@ class VCPOAsyncTrainingConfig(AsyncGRPOConfig):
     ess_reference: float = field(default=1.0, metadata={"help": "ESS ratio from which on steps are full."})
 
     def __post_init__(self) -> None:
-        where = "VCPOAsyncTrainingConfig"
-        refuse_options(where, self, AsyncGRPOConfig, _BaseConfig, ASYNC_GRPO)
+        check = Check("VCPOAsyncTrainingConfig")
+        refuse_options(check, self, AsyncGRPOConfig, _BaseConfig, ASYNC_GRPO)
         super().__post_init__()
-        check_ess(where, self)
+        check_ess(check, self)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class VCPOAsyncTrainer(AsyncGRPOTrainer):
             args = VCPOAsyncTrainingConfig(f"{model.split('/')[-1]}-AsyncVCPO")
         if not isinstance(args, VCPOAsyncTrainingConfig):
             raise TypeError(
-                f"VCPOAsyncTrainer: args must be a VCPOAsyncTrainingConfig, got {_checks.describe(type(args).__name__)}. It "
+                f"VCPOAsyncTrainer: args must be a VCPOAsyncTrainingConfig, got {checks.describe(type(args).__name__)}. It "
                 "takes all arguments of AsyncGRPOConfig: change the name."
             )
         super().__init__(model, reward_funcs, args, *rest, **options)

@@ -9,7 +9,7 @@ from typing import Any
 from trl import GRPOConfig
 from trl.trainer.base_config import _BaseConfig
 
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations.trl.options import AGGREGATION_OF, GRPO, refuse_options
 from vcpo_kernels.sequences.baselines import WEIGHTINGS
 from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS
@@ -61,30 +61,30 @@ class VCPOTrainingConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        where = "VCPOTrainingConfig"
-        refuse_options(where, self, GRPOConfig, _BaseConfig, GRPO)  # before others complain of the same option
+        check = Check("VCPOTrainingConfig")
+        refuse_options(check, self, GRPOConfig, _BaseConfig, GRPO)  # before others complain of the same option
         super().__post_init__()
-        check_ess(where, self)
-        self.ess_max_weight = _checks.positive_float(where, "ess_max_weight", self.ess_max_weight, optional=True)
-        _checks.choice(where, "baseline_weighting", self.baseline_weighting, tuple(WEIGHTINGS))
-        _checks.choice(where, "score_norm", self.score_norm, SCORE_NORMS)
+        check_ess(check, self)
+        self.ess_max_weight = check.optional_positive_float("ess_max_weight", self.ess_max_weight)
+        check.choice("baseline_weighting", self.baseline_weighting, tuple(WEIGHTINGS))
+        check.choice("score_norm", self.score_norm, SCORE_NORMS)
         if self.aggregation is not None:
-            _checks.choice(where, "aggregation", self.aggregation, AGGREGATIONS)
+            check.choice("aggregation", self.aggregation, AGGREGATIONS)
             of_loss_type = AGGREGATION_OF[self.loss_type]
             if self.loss_type != "dapo" and self.aggregation != of_loss_type:
-                raise ValueError(
-                    f"{where}: aggregation={self.aggregation!r} and loss_type={self.loss_type!r} (which is {of_loss_type!r}) "
+                raise check.value_error(
+                    f"aggregation={self.aggregation!r} and loss_type={self.loss_type!r} (which is {of_loss_type!r}) "
                     "disagree. Leave one of them out."
                 )
         checkpointing: Any = self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}
         if self.score_norm == "exact" and checkpointing.get("use_reentrant"):
-            raise ValueError(
-                f"{where}: score_norm='exact' cannot see into reentrant checkpoints. Set "
+            raise check.value_error(
+                "score_norm='exact' cannot see into reentrant checkpoints. Set "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or score_norm='logit'."
             )
-        self._check_window(where)
+        self._check_window(check)
 
-    def _check_window(self, where: str) -> None:
+    def _check_window(self, check: Check) -> None:
         """A step's window must hold whole groups, or a baseline would be taken over a part of one."""
         accumulated, generated = self.gradient_accumulation_steps, self.steps_per_generation
         assert generated is not None
@@ -94,8 +94,8 @@ class VCPOTrainingConfig(GRPOConfig):
             return
         rows = self.per_device_train_batch_size * together
         if rows % self.num_generations:
-            raise ValueError(
-                f"{where}: steps_per_generation={generated} and gradient_accumulation_steps={accumulated} give an optimizer "
+            raise check.value_error(
+                f"steps_per_generation={generated} and gradient_accumulation_steps={accumulated} give an optimizer "
                 f"step {rows} sequences of a generation on each process, which must be whole groups of "
                 f"num_generations={self.num_generations}. Make per_device_train_batch_size * {together} a multiple of it, or "
                 "gradient_accumulation_steps a multiple of steps_per_generation."
@@ -107,8 +107,8 @@ class VCPOTrainingConfig(GRPOConfig):
         return self.aggregation or AGGREGATION_OF[self.loss_type]
 
 
-def check_ess(where: str, args: Any) -> None:
+def check_ess(check: Check, args: Any) -> None:
     """The fields that both trainers have, checked; numbers become floats."""
-    args.max_weight = _checks.positive_float(where, "max_weight", args.max_weight, optional=True)
-    args.ess_reference = _checks.positive_float(where, "ess_reference", args.ess_reference)
-    _checks.choice(where, "ess_rule", args.ess_rule, (*RULES, NO_RULE))
+    args.max_weight = check.optional_positive_float("max_weight", args.max_weight)
+    args.ess_reference = check.positive_float("ess_reference", args.ess_reference)
+    check.choice("ess_rule", args.ess_rule, (*RULES, NO_RULE))

@@ -8,29 +8,30 @@ from typing import Any
 from torch import nn
 
 import vcpo_kernels as vk
+from vcpo_kernels.core.checks import Check
 
 
 def check_support(trainer: Any) -> None:
     """Raise ValueError for a launcher, model or adapter that VCPOTrainer does not support."""
-    where = type(trainer).__name__
+    check = Check(type(trainer).__name__)
     if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            f"{where}: DeepSpeed is not supported: its engine steps inside backward, before the window's rate is known. "
+        raise check.value_error(
+            "DeepSpeed is not supported: its engine steps inside backward, before the window's rate is known. "
             "Launch with DistributedDataParallel (torchrun, or accelerate without a DeepSpeed plugin)."
         )
     if trainer.is_fsdp_enabled:
-        raise ValueError(
-            f"{where}: FSDP is not supported: sharded parameters are untested here. Launch with DistributedDataParallel "
+        raise check.value_error(
+            "FSDP is not supported: sharded parameters are untested here. Launch with DistributedDataParallel "
             "(torchrun, or accelerate without an FSDP plugin)."
         )
     if getattr(trainer, "_is_vlm", False):
-        raise ValueError(f"{where}: vision-language models are not supported. Train a text model, or use GRPOTrainer.")
+        raise check.value_error("vision-language models are not supported. Train a text model, or use GRPOTrainer.")
     if trainer.args.score_norm == "exact":
         try:
             vk.SequenceGradients(trainer.accelerator.unwrap_model(trainer.model))
         except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{where}: score_norm='exact' does not work with this model. Set score_norm='logit'. {error}"
+            raise check.value_error(
+                f"score_norm='exact' does not work with this model. Set score_norm='logit'. {error}"
             ) from error
 
 

@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 import vcpo_kernels as vk
-from vcpo_kernels.core import checks as _checks
+from vcpo_kernels.core import checks
 from vcpo_kernels.integrations.trl.config import VCPOTrainingConfig
 from vcpo_kernels.integrations.trl.head import attach_head
 from vcpo_kernels.integrations.trl.step import EssStep
@@ -83,7 +83,7 @@ class VCPOTrainer(GRPOTrainer):
             args = VCPOTrainingConfig(f"{name.split('/')[-1] or 'model'}-VCPO")
         if not isinstance(args, VCPOTrainingConfig):
             raise TypeError(
-                f"VCPOTrainer: args must be a VCPOTrainingConfig, got {_checks.describe(type(args).__name__)}. It takes all "
+                f"VCPOTrainer: args must be a VCPOTrainingConfig, got {checks.describe(type(args).__name__)}. It takes all "
                 "arguments of GRPOConfig: change the name."
             )
         super().__init__(model, reward_funcs, args, *rest, **options)
