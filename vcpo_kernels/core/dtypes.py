@@ -1,0 +1,27 @@
+"""What dtypes numbers are kept in, and what autograd and autocast will ask of a tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and sums of this dtype are kept in: fp32, and float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def widened(values: Tensor) -> Tensor:
+    """The tensor in `wide` of its dtype: itself where it is fp32 or float64 already."""
+    return values.to(wide(values.dtype))
+
+
+def needs_grad(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Which of them autograd will ask a gradient for."""
+    enabled = torch.is_grad_enabled()
+    return tuple(enabled and t is not None and t.requires_grad for t in tensors)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Inside an op the dtypes are settled: autocast would cast fp32 operands, and miss the `out` they go to."""
+    return torch.autocast(x.device.type, enabled=False)
