@@ -11,7 +11,8 @@ from vcpo_kernels.rows.weighted_logp import weighted_logp
 from vcpo_kernels.sequence_gradients.context import SequenceGradients
 from vcpo_kernels.sequence_gradients.opob_accumulator import OPOBAccumulator
 from vcpo_kernels.sequences.baselines import off_policy_baseline
-from vcpo_kernels.sequences.ess import EffectiveSampleSize, effective_sample_size, sequence_log_weights
+from vcpo_kernels.sequences.ess import EffectiveSampleSize, effective_sample_size
+from vcpo_kernels.sequences.log_weights import sequence_log_weights
 from vcpo_kernels.sequences.segments import Segments
 from vcpo_kernels.sequences.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
 from vcpo_kernels.step_size import EssLearningRate

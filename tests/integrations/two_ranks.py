@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import vcpo_kernels as vk
+from vcpo_kernels.core.checks import Check
 
 # L_i of each rank's sequences; the second rank of "one observes nothing" has none, and must not be waited for.
 ATTACHED = {"both observe": [[0.0, -1e4, -1e4], [0.0, 1.0]], "one observes nothing": [[0.0, -1e4, -1e4, -1e4], []]}

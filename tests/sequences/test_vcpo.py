@@ -19,9 +19,10 @@ import vcpo_kernels as vk
 from tests.sequences import brute_force
 from tests.sequences.brute_force import LAYOUTS, lay_out
 from tests.sequences.vcpo_batches import GROUPS, LENGTHS, NAN, REWARDS, VOCABULARY, make, written_out_gradient
+from vcpo_kernels.sequences.aggregation import AGGREGATIONS
 from vcpo_kernels.sequences.baselines import WEIGHTINGS
 from vcpo_kernels.sequences.ess import ess_from_moments, merge_moments
-from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS, METRICS
+from vcpo_kernels.sequences.vcpo_coefficients import METRICS
 
 # --- value and gradient -------------------------------------------------------------------------------------
 

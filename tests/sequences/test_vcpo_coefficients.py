@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tests.sequences import brute_force
 from tests.sequences.brute_force import LAYOUTS, lay_out
+from vcpo_kernels.sequences.aggregation import AGGREGATIONS
 from vcpo_kernels.sequences.baselines import WEIGHTINGS
-from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS, METRICS, SequenceResults, vcpo_coefficients
+from vcpo_kernels.sequences.vcpo_coefficients import METRICS, SequenceResults, vcpo_coefficients
 
 NAN, INF = math.nan, math.inf
 

@@ -8,7 +8,7 @@ import torch
 from tests.sequences import brute_force
 from tests.sequences.brute_force import LAYOUTS
 from tests.sequences.vcpo_batches import INF, NAN, VOCABULARY, make, written_out_gradient
-from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS
+from vcpo_kernels.sequences.aggregation import AGGREGATIONS
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.sequences.ess import check_segments, ess_from_moments, ess_moments
-from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
+from vcpo_kernels.sequences.log_weights import usable_below
+from vcpo_kernels.sequences.segments import Segments, check_segments
 from vcpo_kernels.sequences.vcpo import VCPOOutput
-from vcpo_kernels.sequences.vcpo_coefficients import usable_below
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.sequences.baselines import check_groups, check_norms, check_rewards, group_baselines, grouped
-from vcpo_kernels.sequences.ess import usable
+from vcpo_kernels.sequences.log_weights import usable
 
 STD_FLOOR = 1e-8  # as vcpo_loss: a smaller deviation does not divide
 

@@ -23,10 +23,11 @@ from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, like_logp, times, token_batch
 from vcpo_kernels.rows.token_loss import token_loss
 from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.aggregation import aggregation_scale
 from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
+from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
 from vcpo_kernels.sequences.segment_sum import segment_sum
 from vcpo_kernels.sequences.segments import Segments
-from vcpo_kernels.sequences.vcpo_coefficients import UNTRUNCATED_LIMIT, aggregation_scale
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.kl import ESTIMATORS
-from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS
+from vcpo_kernels.sequences.aggregation import AGGREGATIONS
 
 
 class CommonTerms(TypedDict, total=False):

@@ -19,8 +19,8 @@ from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, times
 from vcpo_kernels.objectives.weighted import require_sequence_advantages
 from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
 from vcpo_kernels.sequences.segments import Segments
-from vcpo_kernels.sequences.vcpo_coefficients import UNTRUNCATED_LIMIT
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

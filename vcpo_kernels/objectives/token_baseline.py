@@ -13,9 +13,8 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.tokens import like_logp
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.baselines import check_groups, check_rewards, group_baselines, grouped
-from vcpo_kernels.sequences.ess import check_segments
 from vcpo_kernels.sequences.segment_sum import segment_sum
-from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.segments import Segments, check_segments
 
 
 def optimal_token_advantages(

@@ -14,10 +14,9 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.rows.token_stats import TokenStats
-from vcpo_kernels.sequences.ess import check_segments
+from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
 from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
-from vcpo_kernels.sequences.segments import Segments
-from vcpo_kernels.sequences.vcpo_coefficients import UNTRUNCATED_LIMIT
+from vcpo_kernels.sequences.segments import Segments, check_segments
 
 
 def exp_or_drop(log_values: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """RowStatistics: what a pass over rows of logits leaves of each, as one thing from the kernels to the public functions.
 
-Layer: rows [N, V] -> tokens [N]. Backends return it, ops list its fields in their schemas, `TokenStats` is made of it. A further
-statistic is a field here, and then what CONTRIBUTING.md lists.
+Layer: rows [N, V] -> tokens [N]. Backends return it, ops list its fields in their schemas, `TokenStats` is made of
+it. A further statistic is a field here, and then what CONTRIBUTING.md lists.
 """
 
 from __future__ import annotations

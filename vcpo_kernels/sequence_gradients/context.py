@@ -22,8 +22,7 @@ from vcpo_kernels.sequence_gradients import module_rules as _taps
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product, squared_norms
 from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
 from vcpo_kernels.sequence_gradients.row_owners import Layout
-from vcpo_kernels.sequences.ess import check_segments
-from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.segments import Segments, check_segments
 
 WHERE = "SequenceGradients"
 CHECK = Check(WHERE)

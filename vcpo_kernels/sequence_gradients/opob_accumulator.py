@@ -20,10 +20,10 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.rows.token_stats import TokenStats
-from vcpo_kernels.sequences.ess import check_segments, sequence_log_weights
-from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.aggregation import aggregation_scale
+from vcpo_kernels.sequences.log_weights import sequence_log_weights, usable_below
+from vcpo_kernels.sequences.segments import Segments, check_segments
 from vcpo_kernels.sequences.vcpo import VCPOConfig, VCPOOutput, vcpo_loss
-from vcpo_kernels.sequences.vcpo_coefficients import aggregation_scale, usable_below
 
 WHERE = "OPOBAccumulator"
 CHECK = Check(WHERE)
@@ -223,9 +223,7 @@ class OPOBAccumulator:
     def _keep(self, stats: TokenStats, behavior_logp: Tensor, segments: Segments) -> float:
         """Remember the valid tokens; how many they are."""
         logp = segments.flat(CHECK, "stats", stats.logp).detach()
-        mask = segments.mask_without_first(logp.numel()) if stats.shifted else segments.mask
-        valid = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-        valid = valid & (segments.spread(torch.ones_like(logp[:1]), like=logp) != 0)
+        valid = segments.seen_by(stats).valid(logp.numel())
         mu = segments.flat(CHECK, "behavior_logp", behavior_logp).detach()
         self._sequences.append(_Sequence(logp[valid], mu[valid], logp.new_zeros(())))
         return float(valid.sum())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.sequences.ess import usable
+from vcpo_kernels.sequences.log_weights import usable
 
 
 @dataclass(frozen=True)

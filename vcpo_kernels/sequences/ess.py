@@ -1,7 +1,6 @@
-"""Sequence-level importance weights and their effective sample size, in the log domain.
+"""Effective sample size of a batch of sequences, in the log domain, and the moments that merge it over batches and ranks.
 
-Layer: sequences [B] -> scalars. exp(L_i) is never formed unclipped, so no L_i overflows; and no absolute epsilon is added
-anywhere, so a common factor of all weights changes nothing.
+Layer: sequences [B] -> scalars. No absolute epsilon is added anywhere, so a common factor of all weights changes nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.rows.token_stats import TokenStats
-from vcpo_kernels.sequences.segment_sum import segment_sum
-from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.log_weights import usable
 
 
 @dataclass(frozen=True)
@@ -26,56 +23,6 @@ class EffectiveSampleSize:
     ess: Tensor
     ratio: Tensor
     moments: Tensor
-
-
-def sequence_log_weights(logp: Tensor | TokenStats, behavior_logp: Tensor, segments: Segments) -> Tensor:
-    """Log importance weight of each sequence: L_i = sum_t m_t (logp_t - behavior_logp_t), summed in float64.
-
-    Args:
-        logp: log pi_theta of each token, or the TokenStats that hold it (a shifted entry 0 then never counts).
-        behavior_logp: log mu of each token as the sampler recorded it, same shape; masked-out entries may hold anything.
-            A constant: no gradient reaches it.
-        segments: which tokens belong to which sequence.
-
-    Returns:
-        [B] in float32, or float64 where logp is; 0 for a sequence with no valid token. Differentiable in logp.
-
-    Raises:
-        TypeError, ValueError: for tensors that do not match the segments.
-
-    >>> import torch, vcpo_kernels as vk
-    >>> seg = vk.Segments.padded(torch.tensor([[1, 1], [1, 0]]))
-    >>> vk.sequence_log_weights(torch.tensor([[-1.0, -2.0], [-1.0, 0.0]]), torch.full((2, 2), -1.5), seg)
-    tensor([0.0000, 0.5000])
-    """
-    check = Check("sequence_log_weights")
-    check_segments(check, segments)
-    theta = logp.logp if isinstance(logp, TokenStats) else logp
-    check.tensor("logp", theta, checks.FLOAT_DTYPES)
-    check.tensor("behavior_logp", behavior_logp, checks.FLOAT_DTYPES)
-    mask = segments.mask
-    flat = segments.flat(check, "logp", theta)
-    if isinstance(logp, TokenStats) and logp.shifted:
-        mask = segments.mask_without_first(flat.numel())
-    mu = segments.flat(check, "behavior_logp", behavior_logp).detach()
-    check.shape("behavior_logp", mu, flat.shape, "as many tokens as logp")
-    wide = torch.float64 if flat.dtype == torch.float64 else torch.float32
-    return segment_sum(flat.to(wide) - mu.to(wide), mask, segments.offsets, segments.order)
-
-
-def check_segments(check: Check, segments: object) -> None:
-    """Raise unless `segments` is a Segments: a bare mask is what callers pass by mistake."""
-    if not isinstance(segments, Segments):
-        raise check.type_error(
-            f"segments must be a Segments, got {checks.describe(segments)}. Make one: Segments.padded(mask) "
-            "for [B, T] batches, Segments.packed(cu_seqlens) or Segments.indexed(segment_id, num_sequences)."
-        )
-
-
-def usable(log_weights: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Which sequences take part in the loss: valid, and L_i neither NaN nor +inf (-inf is a weight of 0). Bool [B]."""
-    ok = log_weights < math.inf
-    return ok if valid is None else ok & valid
 
 
 def ess_moments(log_weights: Tensor, valid: Tensor | None = None) -> Tensor:

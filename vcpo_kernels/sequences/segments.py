@@ -8,7 +8,7 @@ mask says which count.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
 
 
@@ -24,6 +25,15 @@ def without_first(mask: Tensor | None, offsets: Tensor, num_tokens: int) -> Tens
     first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=offsets.device)
     first[offsets[:-1].clamp(max=num_tokens)] = True  # an empty last sequence starts past the end
     return ~first[:-1] if mask is None else mask & ~first[:-1]
+
+
+def check_segments(check: Check, segments: object) -> None:
+    """Raise unless `segments` is a Segments: a bare mask is what callers pass by mistake."""
+    if not isinstance(segments, Segments):
+        raise check.type_error(
+            f"segments must be a Segments, got {checks.describe(segments)}. Make one: Segments.padded(mask) "
+            "for [B, T] batches, Segments.packed(cu_seqlens) or Segments.indexed(segment_id, num_sequences)."
+        )
 
 
 @dataclass(frozen=True)
@@ -53,9 +63,9 @@ class Segments:
         """Valid tokens of each sequence, |T_i|: float32 [B]."""
         if self.mask is None:
             return torch.diff(self.offsets).float()
-        return segment_sum(self.mask.float(), self.mask, self.offsets, self.order)
+        return self.reduce(self.mask.float())
 
-    def mask_without_first(self, num_tokens: int) -> Tensor | None:
+    def mask_without_first(self, num_tokens: int) -> Tensor:
         """The flat mask less each sequence's first token, which `shift=True` has no prediction for.
 
         Indexed tokens lose the first of each row alone: what precedes any other (a shared prefix) is not for the
@@ -66,6 +76,10 @@ class Segments:
         row = self.shape[-1] if self.shape else 1
         rows = torch.arange(0, num_tokens + 1, max(row, 1), device=self.offsets.device)
         return without_first(self.mask, rows, num_tokens)
+
+    def seen_by(self, stats: TokenStats) -> Segments:
+        """These segments less the tokens that `stats` has no prediction for: `mask_without_first`, where it was shifted."""
+        return replace(self, mask=self.mask_without_first(stats.logp.numel())) if stats.shifted else self
 
     @staticmethod
     def padded(mask: Tensor) -> Segments:
@@ -189,7 +203,7 @@ class Segments:
         check = Check("Segments.sum")
         check.tensor("values", values, checks.FLOAT_DTYPES, "Convert it: values.float().")
         flat = self.flat(check, "values", values)
-        return segment_sum(flat, self.mask, self.offsets, self.order)
+        return self.reduce(flat)
 
     def spread(self, per_sequence: Tensor, like: Tensor | None = None) -> Tensor:
         """The adjoint of `sum`: [B] written to each sequence's valid tokens, 0 elsewhere. Differentiable.
@@ -213,8 +227,25 @@ class Segments:
             raise check.value_error(
                 "packed segments without a mask do not know how many tokens there are. Pass like=stats.logp."
             )
-        return segment_spread(per_sequence, self.mask, self.offsets, self.order, math.prod(shape)).view(shape)
+        return self.expand(per_sequence, math.prod(shape)).view(shape)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each sequence's valid tokens, [B]; 0 for a sequence without any. Differentiable."""
         return self.sum(values) / self.lengths.clamp(min=1)
+
+    def reduce(self, values: Tensor) -> Tensor:
+        """`sum` of flat values [N] that are known to belong here: [B]."""
+        return segment_sum(values, *self.tensors)
+
+    def expand(self, per_sequence: Tensor, num_tokens: int) -> Tensor:
+        """`spread` to flat tokens: [B] -> [num_tokens]."""
+        return segment_spread(per_sequence, *self.tensors, num_tokens)
+
+    def valid(self, num_tokens: int) -> Tensor:
+        """Which of the flat tokens count: bool [num_tokens]."""
+        return self.expand(torch.ones(self.num_sequences, device=self.offsets.device), num_tokens) > 0
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """mask, offsets, order: what an op takes in place of these segments."""
+        return self.mask, self.offsets, self.order

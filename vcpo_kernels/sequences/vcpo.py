@@ -17,10 +17,11 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.library import LIBRARY, qualified, short_way
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences import baselines
-from vcpo_kernels.sequences.ess import check_segments, usable
+from vcpo_kernels.sequences.aggregation import AGGREGATIONS
+from vcpo_kernels.sequences.log_weights import usable
 from vcpo_kernels.sequences.segment_sum import segment_spread
-from vcpo_kernels.sequences.segments import Segments
-from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS, METRICS, vcpo_coefficients
+from vcpo_kernels.sequences.segments import Segments, check_segments
+from vcpo_kernels.sequences.vcpo_coefficients import METRICS, vcpo_coefficients
 
 
 @dataclass(frozen=True)
@@ -160,15 +161,14 @@ def vcpo_loss(
         check.same_device("groups", ids, "stats", logp)
     token_scores, score_norms = _norms(check, config, stats, segments, logp)
     max_tokens = _max_tokens(check, config, segments)
-    mask = segments.mask
     if stats.shifted and segments.max_length is None:
         # A packed sequence's first token was predicted from its neighbour: in no count, and without a gradient. (In padded
         # rows that is entry 0, which the op skips and token_stats gives no gradient.)
-        mask = segments.mask_without_first(logp.numel())
+        segments = segments.seen_by(stats)
     results = vcpo_coefficients(
         logp.detach(), mu.to(logp.dtype), token_scores, score_norms, rewards,
         ids, group_size, count,
-        mask, segments.offsets, segments.order, stats.shifted,
+        *segments.tensors, stats.shifted,
         config.baseline_weighting, config.aggregation, config.normalize_std, config.max_weight, config.ess_max_weight,
         config.num_sequences, config.num_tokens, max_tokens,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def vcpo_loss(
         if score_norms is not None:
             taking_part = (results.lengths > 0) & usable(results.log_weights)
             baselines.check_norms(check, "config.score_norm", score_norms, taking_part)
-    loss = _call_loss(logp, results.coefficients, results.lengths, mask, segments.offsets, segments.order)
+    loss = _call_loss(logp, results.coefficients, results.lengths, *segments.tensors)
     metrics = dict(zip(METRICS, results.metrics.unbind(), strict=True))
     return VCPOOutput(
         loss=loss,

@@ -6,7 +6,6 @@ backward pass needs. `vcpo_loss` is its public face. On a GPU it is three launch
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,32 +13,6 @@ from torch import Tensor
 
 from vcpo_kernels.core import registry
 from vcpo_kernels.core.library import LIBRARY, qualified
-
-AGGREGATIONS = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean")
-
-# Without truncation, a weight above e^80 = 5e34 would overflow fp32 on its way to the gradient: its sequence is dropped and
-# counted like one whose L_i is +inf.
-UNTRUNCATED_LIMIT = 80.0
-
-
-def usable_below(max_weight: float | None) -> float:
-    """The L_i from which on a sequence takes no part in the loss."""
-    return UNTRUNCATED_LIMIT if max_weight is None else math.inf
-
-
-def aggregation_scale(
-    aggregation: str, lengths: Tensor, num_sequences: Tensor, num_tokens: Tensor, max_tokens: float | None
-) -> Tensor:
-    """k_i [B] float64. A sequence without tokens gets a finite number; its coefficient is 0 all the same."""
-    if aggregation == "token-mean":
-        return (1 / num_tokens.clamp(min=1)).expand_as(lengths)
-    per_sequence = {
-        "seq-mean-token-mean": lengths.clamp(min=1),
-        "seq-mean-token-sum": torch.ones_like(lengths),
-        "seq-mean-token-sum-norm": torch.full_like(lengths, max_tokens or 1.0),
-    }[aggregation]
-    return 1 / (num_sequences.clamp(min=1) * per_sequence)
-
 
 # Names of the metrics tensor's entries, in order.
 METRICS = (

@@ -15,7 +15,8 @@ from vcpo_kernels.backends.reference import segment_spread as reference_spread
 from vcpo_kernels.backends.reference import segment_sum as reference_sum
 from vcpo_kernels.backends.reference import vcpo_coefficients as reference_coefficients
 from vcpo_kernels.sequences import baselines
-from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS, SequenceResults
+from vcpo_kernels.sequences.aggregation import AGGREGATIONS
+from vcpo_kernels.sequences.vcpo_coefficients import SequenceResults
 
 pytest.importorskip("triton")
 from vcpo_kernels.backends.triton import launch, segment_spread, segment_sum, vcpo_coefficients

@@ -1,4 +1,4 @@
-"""The specification of vcpo_coefficients in eager torch, from the public formulas of weights.py and baselines.py."""
+"""The specification of vcpo_coefficients in eager torch, from the public formulas of sequences/."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from torch import Tensor
 
 from vcpo_kernels.backends.reference import segment_sum
 from vcpo_kernels.sequences import baselines
-from vcpo_kernels.sequences import ess as weights
+from vcpo_kernels.sequences.aggregation import aggregation_scale
+from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
+from vcpo_kernels.sequences.log_weights import usable, usable_below
 from vcpo_kernels.sequences.segments import without_first
-from vcpo_kernels.sequences.vcpo_coefficients import SequenceResults, aggregation_scale, usable_below
+from vcpo_kernels.sequences.vcpo_coefficients import SequenceResults
 
 
 def forward(
@@ -52,7 +54,7 @@ def forward(
     norms = score_norms.double()
     live = lengths > 0
     ok = (
-        weights.usable(log_w, live)
+        usable(log_w, live)
         & (log_w < usable_below(max_weight))
         & rewards.isfinite()
         & (norms >= 0)
@@ -81,8 +83,8 @@ def forward(
     coefficients = torch.where(advantages != 0, scale * clipped.exp() * advantages, 0.0)
 
     ess_log_w = log_w if ess_max_weight is None else log_w.clamp(max=math.log(ess_max_weight))
-    moments = weights.ess_moments(torch.where(ok, ess_log_w.double(), math.nan), live)
-    ess, ratio = weights.ess_from_moments(moments)
+    moments = ess_moments(torch.where(ok, ess_log_w.double(), math.nan), live)
+    ess, ratio = ess_from_moments(moments)
     taking_part = ok.sum().clamp(min=1).double()
     seen = torch.zeros(num_groups, dtype=torch.bool, device=logp.device).index_fill_(0, ids[ok], True)
     metrics = torch.stack(

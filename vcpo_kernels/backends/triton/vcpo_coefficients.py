@@ -19,7 +19,8 @@ from torch import Tensor
 from vcpo_kernels.backends.triton.group_advantages import INF, group_kernel, load64, log64
 from vcpo_kernels.backends.triton.launch import FUSION, as_bytes, launches, on_device_of
 from vcpo_kernels.backends.triton.segment_sum import segment_range, segment_tokens
-from vcpo_kernels.sequences.vcpo_coefficients import METRICS, SequenceResults, usable_below
+from vcpo_kernels.sequences.log_weights import usable_below
+from vcpo_kernels.sequences.vcpo_coefficients import METRICS, SequenceResults
 
 # Positions in the metrics tensor (`vcpo_coefficients.METRICS`).
 (

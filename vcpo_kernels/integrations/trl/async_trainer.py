@@ -25,7 +25,7 @@ from vcpo_kernels.integrations.trl.config import check_ess
 from vcpo_kernels.integrations.trl.options import ASYNC_GRPO, refuse_options
 from vcpo_kernels.integrations.trl.step import EssStep
 from vcpo_kernels.integrations.trl.window import behavior_logp
-from vcpo_kernels.sequences.vcpo_coefficients import usable_below
+from vcpo_kernels.sequences.log_weights import usable_below
 
 
 @dataclass

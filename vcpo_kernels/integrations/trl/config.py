@@ -11,8 +11,8 @@ from trl.trainer.base_config import _BaseConfig
 
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations.trl.options import AGGREGATION_OF, GRPO, refuse_options
+from vcpo_kernels.sequences.aggregation import AGGREGATIONS
 from vcpo_kernels.sequences.baselines import WEIGHTINGS
-from vcpo_kernels.sequences.vcpo_coefficients import AGGREGATIONS
 from vcpo_kernels.step_size import RULES
 
 SCORE_NORMS = ("logit", "exact")

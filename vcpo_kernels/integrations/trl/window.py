@@ -14,15 +14,10 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
+from vcpo_kernels.sequences.aggregation import aggregation_scale
 from vcpo_kernels.sequences.ess import EffectiveSampleSize
-from vcpo_kernels.sequences.vcpo_coefficients import (
-    METRICS,
-    UNTRUNCATED_LIMIT,
-    SequenceResults,
-    aggregation_scale,
-    usable_below,
-    vcpo_coefficients,
-)
+from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT, usable_below
+from vcpo_kernels.sequences.vcpo_coefficients import METRICS, SequenceResults, vcpo_coefficients
 
 # What is known of a sequence, in this order: L_i, n_i, R_i, the id of its group, |T_i|, and sums over its tokens of the
 # entropy and of the KL penalty.

@@ -1,0 +1,42 @@
+"""Aggregation: k_i, the factor that turns sums over tokens into a batch's mean in one of the ways trainers mean it.
+
+Layer: sequences [B].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels.core.checks import Check
+from vcpo_kernels.sequences.segments import Segments
+
+AGGREGATIONS = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean")
+
+
+def aggregation_scale(
+    aggregation: str, lengths: Tensor, num_sequences: Tensor, num_tokens: Tensor, max_tokens: float | None
+) -> Tensor:
+    """k_i [B] float64. A sequence without tokens gets a finite number; its coefficient is 0 all the same."""
+    if aggregation == "token-mean":
+        return (1 / num_tokens.clamp(min=1)).expand_as(lengths)
+    per_sequence = {
+        "seq-mean-token-mean": lengths.clamp(min=1),
+        "seq-mean-token-sum": torch.ones_like(lengths),
+        "seq-mean-token-sum-norm": torch.full_like(lengths, max_tokens or 1.0),
+    }[aggregation]
+    return 1 / (num_sequences.clamp(min=1) * per_sequence)
+
+
+def longest_possible(
+    check: Check, aggregation: str, max_tokens: float | None, segments: Segments, name: str, fix: str
+) -> float | None:
+    """T_max of "seq-mean-token-sum-norm": as given, else the padded length. name, fix: of the argument, for the error."""
+    if aggregation != "seq-mean-token-sum-norm" or max_tokens is not None:
+        return max_tokens
+    if segments.max_length is None:
+        raise check.value_error(
+            f"aggregation 'seq-mean-token-sum-norm' needs {name} for packed and indexed segments, whose longest possible "
+            f"sequence is not known. {fix} to the generation limit."
+        )
+    return float(segments.max_length)
