@@ -12,7 +12,7 @@ from torch import Tensor
 
 import vcpo_kernels as vk
 from tests.head.head_inputs import FIELDS, HeadInputs, distance, make, through_logits
-from vcpo_kernels.head import operands as _head
+from vcpo_kernels.head import linear_weighted_logp, score_matrix
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 SWITCHES = list(itertools.product((False, True), repeat=3))
@@ -93,9 +93,11 @@ def test_gemms_see_only_rows_that_count(monkeypatch: pytest.MonkeyPatch) -> None
     """Masked rows in no GEMM; rows with a coefficient of 0 in the first alone."""
     scored: list[int] = []
     plain: list[int] = []
-    row_scores_, row_statistics = _head.row_scores_, _head.row_statistics
-    monkeypatch.setattr(_head, "row_scores_", lambda h, *a: (scored.append(h.rows), row_scores_(h, *a))[1])
-    monkeypatch.setattr(_head, "row_statistics", lambda h, *a: (plain.append(h.rows), row_statistics(h, *a))[1])
+    score_, statistics_of = score_matrix.score_, linear_weighted_logp.statistics_of
+    monkeypatch.setattr(score_matrix, "score_", lambda h, *a: (scored.append(h.rows), score_(h, *a))[1])
+    monkeypatch.setattr(
+        linear_weighted_logp, "statistics_of", lambda h, *a: (plain.append(h.rows), statistics_of(h, *a))[1]
+    )
     x = make(torch.float32, (20,))
     x = replace(x, mask=torch.arange(20) % 2 == 0, g=torch.where(torch.arange(20) < 8, 1.0, 0.0))
     _, stats, got = through_head(x)

@@ -182,7 +182,7 @@ def test_memory_is_freed_with_the_loss() -> None:
     gc.disable()
     try:
         loss, _ = vk.weighted_logp(logits.requires_grad_(), ids, c)
-        held = [weakref.ref(t) for t in loss.grad_fn.held]
+        held = [weakref.ref(t) for t in loss.grad_fn.known_gradients]
         assert held
         del loss
         assert all(ref() is None for ref in held)

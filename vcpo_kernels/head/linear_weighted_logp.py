@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.core.library import LIBRARY, qualified
-from vcpo_kernels.head import arguments as _head_inputs
-from vcpo_kernels.head import deferred as _deferred
-from vcpo_kernels.head import operands as _head
-from vcpo_kernels.head.operands import Head, Sum
-from vcpo_kernels.rows import known_gradient as _scale
-from vcpo_kernels.rows import views as _rows
-from vcpo_kernels.rows.token_stats import TokenStats
-from vcpo_kernels.rows.weighted_logp import checked_coefficients, weighted_sum
+from vcpo_kernels.core.dtypes import needs_grad, no_autocast
+from vcpo_kernels.core.library import define_op
+from vcpo_kernels.head import deferred
+from vcpo_kernels.head.accumulate import HeadGradients, Sum
+from vcpo_kernels.head.arguments import checked
+from vcpo_kernels.head.chunks import CHUNK_BYTES, rows_per_chunk
+from vcpo_kernels.head.linear_token_stats import NEEDS, fake_gradients
+from vcpo_kernels.head.operands import Head, HeadInputs, Needs, at_positions
+from vcpo_kernels.head.score_matrix import HeadStatistics, score_chunks, statistics_of
+from vcpo_kernels.rows import known_gradient
+from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
+from vcpo_kernels.rows.token_stats import SETTINGS, TokenStats
+from vcpo_kernels.rows.weighted_logp import checked_coefficients, weighted_sum, without_gradient
 
 
 def linear_weighted_logp(
@@ -33,7 +37,7 @@ def linear_weighted_logp(
     temperature: float = 1.0,
     softcap: float | None = None,
     shift: bool = False,
-    chunk_bytes: int = _head.CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, TokenStats]:
     """`weighted_logp(hidden @ weight.T + bias, token_ids, coefficients, ...)`, without the logits in memory.
 
@@ -70,89 +74,72 @@ def linear_weighted_logp(
     """
     check = Check("linear_weighted_logp")
     chunk_bytes = check.integer("chunk_bytes", chunk_bytes, 1)
-    _deferred.refuse(check, "linear_token_stats, and accumulate_ with the coefficients", weight, bias)
-    hidden, weight, bias, token_ids, mask, temperature, softcap = _head_inputs.checked(
-        check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift
-    )
-    coefficients = checked_coefficients(check, coefficients, token_ids, hidden)
-    loss, *statistics = torch.ops.vcpo_kernels.linear_weighted_logp(
-        hidden, weight, bias, token_ids, mask, coefficients, temperature, softcap, shift, chunk_bytes,
-        *_head_inputs.needs_grad(hidden, weight, bias),
-    )[:5]  # fmt: skip
-    return loss, TokenStats.detached(statistics, shift)
+    deferred.refuse(check, "linear_token_stats, and accumulate_ with the coefficients", weight, bias)
+    inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift)
+    coefficients = checked_coefficients(check, coefficients, inputs.token_ids, inputs.hidden)
+    operands, settings = inputs[:5], inputs[5:]
+    needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
+    loss, *outputs = _op(*operands, coefficients, *settings, chunk_bytes, *needs)
+    return loss, without_gradient(outputs[: len(RowStatistics._fields)], shift)
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
 
-LIBRARY.define(
-    "linear_weighted_logp(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor coefficients,"
-    " float temperature, float? softcap, bool shift, int chunk_bytes, bool needs_hidden, bool needs_weight, bool needs_bias)"
-    " -> (Tensor loss, Tensor logp, Tensor entropy, Tensor score_sqnorm, Tensor lse,"
-    " Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_ARGUMENTS = 13
-
 
 def _linear_weighted_logp(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, mask: Tensor | None, coefficients: Tensor,
-    temperature: float, softcap: float | None, shift: bool, chunk_bytes: int,
-    needs_hidden: bool, needs_weight: bool, needs_bias: bool,
+    temperature: float, softcap: float | None, shift: bool, chunk_bytes: int, *wanted: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    _rows.check_ids(Check("linear_weighted_logp"), token_ids, mask, len(weight), shift)
-    entries = _head.live_entries(token_ids, mask, shift)
-    head = _head.gathered(hidden, weight, bias, token_ids, mask, entries, temperature, softcap, shift)
-    c = _head.live_values(coefficients, entries)
-    needs = (needs_hidden, needs_weight, needs_bias)
-    stats = _head.empty_statistics(head)
-    with _head_inputs.no_autocast(hidden):
+    inputs = HeadInputs(hidden, weight, bias, token_ids, mask, temperature, softcap, shift)
+    needs = Needs(*wanted)
+    inputs.check_ids("linear_weighted_logp")
+    positions = inputs.computed_positions()
+    head, c = inputs.gathered(positions), at_positions(coefficients, positions)
+    stats = HeadStatistics.empty(head, with_targets=False)
+    with no_autocast(hidden):
         if not any(needs):
-            _head.statistics(head, chunk_bytes, stats)
-            gradients = tuple(hidden.new_empty(0) for _ in needs)
-        elif _head.capturing(hidden) or bool((c != 0).all()):
-            gradients = _in_one_pass(head, c, chunk_bytes, needs, stats)
+            statistics_of(head, chunk_bytes, stats)
+            d = fake_gradients(hidden, weight, needs)
+        elif inputs.captured or bool((c != 0).all()):
+            d = _in_one_pass(head, c, chunk_bytes, needs, stats)
         else:
-            gradients = _without_zeros(head, c, chunk_bytes, needs, stats)
-    grad_hidden = _head.scattered_rows(gradients[0], entries, hidden, shift) if needs_hidden else gradients[0]
-    outputs = [_head.scattered(s, entries, token_ids.shape) for s in stats]
-    return (weighted_sum(stats[0], c, head.mask), *outputs, grad_hidden, *gradients[1:])
+            d = _without_zeros(head, c, chunk_bytes, needs, stats)
+    if needs.hidden:
+        d = d._replace(hidden=inputs.scattered_hidden(d.hidden, positions))
+    loss = weighted_sum(stats.rows.logp, c, head.mask)
+    return (loss, *(inputs.scattered(s, positions) for s in stats.rows), *d)
 
 
-def _without_zeros(
-    head: Head, c: Tensor, chunk_bytes: int, needs: tuple[bool, bool, bool], stats: list[Tensor]
-) -> tuple[Tensor, ...]:
+def _without_zeros(head: Head, c: Tensor, chunk_bytes: int, needs: Needs, stats: HeadStatistics) -> HeadGradients:
     """The rows with a coefficient take three GEMMs, the others one."""
     idle, active = (c == 0).nonzero().squeeze(1), (c != 0).nonzero().squeeze(1)
     parts = [(index, head.selected(index)) for index in (idle, active)]
-    of_parts = [_head.empty_statistics(part) for _, part in parts]
-    _head.statistics(parts[0][1], chunk_bytes, of_parts[0])
-    grad_active, *rest = _in_one_pass(parts[1][1], c[active], chunk_bytes, needs, of_parts[1])
-    for (index, _), of_part in zip(parts, of_parts, strict=True):
-        for whole, part in zip(stats, of_part, strict=True):
+    of_idle, of_active = (HeadStatistics.empty(part, with_targets=False) for _, part in parts)
+    statistics_of(parts[0][1], chunk_bytes, of_idle)
+    d = _in_one_pass(parts[1][1], c[active], chunk_bytes, needs, of_active)
+    for (index, _), of_part in zip(parts, (of_idle, of_active), strict=True):
+        for whole, part in zip(stats.rows, of_part.rows, strict=True):
             whole[index] = part
-    if needs[0]:
-        grad_active = head.hidden.new_zeros(head.hidden.shape).index_copy_(0, active, grad_active)
-    return grad_active, *rest
+    if needs.hidden:
+        d = d._replace(hidden=head.hidden.new_zeros(head.hidden.shape).index_copy_(0, active, d.hidden))
+    return d
 
 
-def _in_one_pass(
-    head: Head, c: Tensor, chunk_bytes: int, needs: tuple[bool, bool, bool], stats: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """Statistics [M] into `stats`; gradients of hidden [M, H], weight and bias, those not needed empty."""
-    hidden, needs_hidden, needs_weight, needs_bias = head.hidden, *needs
-    single = head.rows <= _head.rows_per_chunk(head, chunk_bytes)
-    grad_hidden = torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0)
-    grad_weight = Sum(head.vocabulary, hidden.shape[1], hidden, single) if needs_weight else None
-    grad_bias = Sum(head.vocabulary, 1, hidden, single) if needs_bias else None
-    for rows, logits in _head.chunks(head, chunk_bytes):
-        _head.row_scores_(head, logits, rows, c, stats)
-        if needs_hidden:
-            torch.mm(logits, head.weight, out=grad_hidden[rows])
+def _in_one_pass(head: Head, c: Tensor, chunk_bytes: int, needs: Needs, stats: HeadStatistics) -> HeadGradients:
+    """Statistics [M] into `stats`; the gradients, by chunks of rows."""
+    hidden = head.hidden
+    single = head.rows <= rows_per_chunk(head, chunk_bytes)
+    grad_hidden = torch.empty_like(hidden) if needs.hidden else hidden.new_empty(0)
+    grad_weight = Sum(head.vocabulary, hidden.shape[1], hidden, single) if needs.weight else None
+    grad_bias = Sum(head.vocabulary, 1, hidden, single) if needs.bias else None
+    for rows, scores in score_chunks(head, chunk_bytes, c, stats):
+        if needs.hidden:
+            torch.mm(scores, head.weight, out=grad_hidden[rows])
         if grad_weight is not None:
-            grad_weight.add(logits.t(), hidden[rows])
+            grad_weight.add(scores.t(), hidden[rows])
         if grad_bias is not None:
-            grad_bias.add(logits.t(), torch.ones_like(hidden[rows, :1]))
-    return (
+            grad_bias.add(scores.t(), torch.ones_like(hidden[rows, :1]))
+    return HeadGradients(
         grad_hidden,
         hidden.new_empty(0) if grad_weight is None else grad_weight.result(),
         hidden.new_empty(0) if grad_bias is None else grad_bias.result().squeeze(1),
@@ -160,27 +147,31 @@ def _in_one_pass(
 
 
 def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    stats = _head_inputs.fake_statistics(hidden, token_ids, 4)
-    return (stats[0].new_empty(()), *stats, *_head_inputs.fake_gradients(hidden, weight, rest[-3:]))
+    stats = RowStatistics.empty(token_ids.shape, hidden)
+    return (stats.logp.new_empty(()), *stats, *fake_gradients(hidden, weight, Needs(*rest[-3:])))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[-3:]
-    ctx.save_for_backward(output[1])
-    _scale.hold(ctx, *output[5:])
+    ctx.needs, ctx.arguments = inputs[-3:], len(inputs)
+    _, logp, *_ = output
+    ctx.save_for_backward(logp)
+    known_gradient.save(ctx, *output[-3:])
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     if grad_loss is None:
-        return (None,) * _ARGUMENTS
+        return (None,) * ctx.arguments
     (logp,) = ctx.saved_tensors
-    gradients = _scale.hand_out(ctx, grad_loss)
+    gradients = known_gradient.release(ctx, grad_loss)
     of_operands = (d if needed else None for d, needed in zip(gradients, ctx.needs, strict=True))
     grad_coefficients = grad_loss * logp if ctx.needs_input_grad[5] else None
-    return (*of_operands, None, None, grad_coefficients, *(None,) * (_ARGUMENTS - 6))
+    return (*of_operands, None, None, grad_coefficients, *(None,) * (ctx.arguments - 6))
 
 
-LIBRARY.impl("linear_weighted_logp", _linear_weighted_logp, "CompositeExplicitAutograd")
-torch.library.register_fake(qualified("linear_weighted_logp"), _fake, lib=LIBRARY)
-torch.library.register_autograd(qualified("linear_weighted_logp"), _autograd, setup_context=_setup_context, lib=LIBRARY)
+_op = define_op(
+    "linear_weighted_logp(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor coefficients,"
+    f" {SETTINGS}, int chunk_bytes, {NEEDS})"
+    f" -> (Tensor loss, {RETURNS}, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _linear_weighted_logp, _fake, _setup_context, _backward,
+)  # fmt: skip

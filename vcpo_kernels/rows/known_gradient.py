@@ -1,6 +1,7 @@
-"""scale_: a gradient that was taken before its upstream factor was known, times that factor. Costs a pass only if not 1.
+"""A gradient that was taken in the forward, before its upstream factor was known: kept by the graph, released by its backward.
 
-Layer: rows. Shared by weighted_logp and linear_weighted_logp, whose forward has already computed the gradient.
+Layer: rows. Shared by weighted_logp and linear_weighted_logp. The op `scale_` multiplies by the factor in place, and costs a
+pass only where that is not 1.
 """
 
 from __future__ import annotations
@@ -11,37 +12,34 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core import registry
-from vcpo_kernels.core.library import LIBRARY, qualified
-
-LIBRARY.define("scale_(Tensor(a!) gradient, Tensor factor) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+from vcpo_kernels.core.library import define_op, nothing_returned
 
 
 def _scale_(gradient: Tensor, factor: Tensor) -> None:
     registry.select("scale", gradient.device, gradient.dtype).forward(gradient, factor)
 
 
-LIBRARY.impl("scale_", _scale_, "CompositeExplicitAutograd")
-torch.library.register_fake(qualified("scale_"), lambda gradient, factor: None, lib=LIBRARY)
+scale_ = define_op("scale_(Tensor(a!) gradient, Tensor factor) -> ()", _scale_, nothing_returned)
 
 
-def hold(ctx: Any, *gradients: Tensor) -> None:
-    """Keep gradients for the backward. Detached: an output held as it is would hold its own graph node alive."""
-    ctx.held = tuple(g.detach() for g in gradients)
+def save(ctx: Any, *gradients: Tensor) -> None:
+    """Keep gradients for the backward. Detached: an output kept as it is would hold its own graph node alive."""
+    ctx.known_gradients = tuple(g.detach() for g in gradients)
 
 
-def hand_out(ctx: Any, factor: Tensor) -> tuple[Tensor, ...]:
-    """The held gradients times the upstream factor: once, without a copy, unless the graph is to be used again."""
-    held: tuple[Tensor, ...] | None = ctx.held
-    if held is None:
+def release(ctx: Any, factor: Tensor) -> tuple[Tensor, ...]:
+    """The saved gradients times the upstream factor: once, without a copy, unless the graph is to be used again."""
+    saved: tuple[Tensor, ...] | None = ctx.known_gradients
+    if saved is None:
         raise RuntimeError("Trying to backward through the graph a second time: pass retain_graph=True to the first.")
     traced = type(factor) is not Tensor  # a graph may not change in its backward what its forward gave
     if traced or _graph_is_kept():
-        return tuple(g * factor.to(g.dtype) for g in held)
-    ctx.held = None
-    for gradient in held:
+        return tuple(g * factor.to(g.dtype) for g in saved)
+    ctx.known_gradients = None
+    for gradient in saved:
         if gradient.numel():
-            torch.ops.vcpo_kernels.scale_(gradient, factor)
-    return held
+            scale_(gradient, factor)
+    return saved
 
 
 def _graph_is_kept() -> bool:

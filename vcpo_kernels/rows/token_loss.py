@@ -1,8 +1,7 @@
-"""token_loss: a scalar whose gradient is known beforehand, one coefficient per token.
+"""token_loss and policy_loss: scalars whose gradient is known beforehand, one coefficient per token or per sequence.
 
-Layer: tokens [N] -> scalar. This is the one place where an objective's gradient enters autograd. The op hands on a value and
-the coefficients that go with it, and reads neither logp nor entropy, so that what they hold at a dropped token (NaN, inf)
-reaches nothing.
+Layer: tokens [N] -> scalar. These two ops are where a loss enters autograd. They hand on a value and the coefficients that go
+with it, and read neither logp nor entropy, so that what those hold at a dropped token (NaN, inf) reaches nothing.
 """
 
 from __future__ import annotations
@@ -12,20 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core.library import LIBRARY, qualified, short_way
+from vcpo_kernels.core.library import define_op
 
-LIBRARY.define(
-    "token_loss(Tensor logp, Tensor entropy, Tensor coefficients, Tensor? entropy_coefficients, Tensor value) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def token_loss(
-    logp: Tensor, entropy: Tensor, coefficients: Tensor, entropy_coefficients: Tensor | None, value: Tensor
-) -> Tensor:
-    """`value` (0-d), with gradient -coefficients to logp [N] and -entropy_coefficients to entropy [N] (None: none)."""
-    loss: Tensor = _call(logp, entropy, coefficients, entropy_coefficients, value)
-    return loss
+# --- a coefficient per token ---------------------------------------------------------------------------------------------
 
 
 def _token_loss(
@@ -34,11 +22,11 @@ def _token_loss(
     return value.to(logp.dtype, copy=True)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_coefficients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[2], inputs[3])
 
 
-def _token_loss_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _token_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     coefficients, entropy_coefficients = ctx.saved_tensors
     to_entropy = None
     if entropy_coefficients is not None and ctx.needs_input_grad[1]:
@@ -51,7 +39,41 @@ def _scaled(grad: Tensor, coefficients: Tensor) -> Tensor:
     return torch.where(coefficients == 0, 0.0, -grad * coefficients)
 
 
-LIBRARY.impl("token_loss", _token_loss, "CompositeExplicitAutograd")
-torch.library.register_fake(qualified("token_loss"), lambda logp, *rest: logp.new_empty(()), lib=LIBRARY)
-torch.library.register_autograd(qualified("token_loss"), _token_loss_autograd, setup_context=_keep, lib=LIBRARY)
-_call = short_way("token_loss", _token_loss, _keep, _token_loss_autograd)
+def _scalar(logp: Tensor, *rest: Any) -> Tensor:
+    return logp.new_empty(())
+
+
+# (logp [N], entropy [N], coefficients [N], entropy_coefficients [N] or None, value): value, 0-d, with gradient -coefficients to
+# logp and -entropy_coefficients to entropy.
+token_loss = define_op(
+    "token_loss(Tensor logp, Tensor entropy, Tensor coefficients, Tensor? entropy_coefficients, Tensor value) -> Tensor",
+    _token_loss, _scalar, _save_coefficients, _token_loss_backward, bypass=True,
+)  # fmt: skip
+
+
+# --- a coefficient per sequence ------------------------------------------------------------------------------------------
+
+
+def _policy_loss(logp: Tensor, coefficients: Tensor, lengths: Tensor, *segments: Any) -> Tensor:
+    return -(coefficients.double() * lengths.double()).sum().to(logp.dtype)
+
+
+def _save_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logp, coefficients, _, *segments = inputs
+    ctx.num_tokens = logp.shape[0]
+    ctx.save_for_backward(coefficients, *segments)
+
+
+def _policy_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, *segments = ctx.saved_tensors
+    # By name: the op belongs to the layer above (sequences/segment_sum.py).
+    to_logp = torch.ops.vcpo_kernels.segment_spread(-grad * coefficients, *segments, ctx.num_tokens)
+    return to_logp, None, None, None, None, None
+
+
+# (logp [N], coefficients [B], lengths [B], and the segments' mask, offsets, order): -sum_i c_i |T_i|, 0-d, with gradient -c_i
+# to each valid token of sequence i.
+policy_loss = define_op(
+    "policy_loss(Tensor logp, Tensor coefficients, Tensor lengths, Tensor? mask, Tensor offsets, Tensor? order) -> Tensor",
+    _policy_loss, _scalar, _save_segments, _policy_loss_backward, bypass=True,
+)  # fmt: skip

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks, registry
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.core.library import LIBRARY, qualified, short_way
-from vcpo_kernels.rows import views as _rows
+from vcpo_kernels.core.library import define_op, nothing_returned
+from vcpo_kernels.rows import views
+from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,22 @@ class TokenStats:
         return self.score_sqnorm - 1 + 2 * self.logp.detach().exp()
 
     @classmethod
-    def detached(cls, fields: Sequence[Tensor], shifted: bool) -> TokenStats:
-        """From logp, entropy, score_sqnorm and lse, none of which is to carry a gradient."""
-        logp, entropy, score_sqnorm, lse = (f.detach() for f in fields)
-        return cls(logp, entropy, score_sqnorm, lse, shifted)
+    def of(cls, statistics: RowStatistics, shifted: bool) -> TokenStats:
+        """Those that carry a gradient keep it."""
+        logp, entropy, score_sqnorm, lse = statistics
+        return cls(logp, entropy, score_sqnorm.detach(), lse.detach(), shifted)
 
     @classmethod
     def stacked(cls, parts: Sequence[TokenStats]) -> TokenStats:
         """The statistics of slices along a new first dimension."""
-        logp, entropy, score_sqnorm, lse = (
-            torch.stack([getattr(p, f) for p in parts]) for f in ("logp", "entropy", "score_sqnorm", "lse")
-        )
-        return cls(logp, entropy, score_sqnorm, lse, parts[0].shifted)
+        fields = {name: torch.stack([getattr(p, name) for p in parts]) for name in RowStatistics._fields}
+        return cls(**fields, shifted=parts[0].shifted)
+
+
+def check_stats(check: Check, stats: object) -> None:
+    """Raise unless `stats` is a TokenStats: a bare logp is what callers pass by mistake."""
+    if not isinstance(stats, TokenStats):
+        raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
 
 
 def token_stats(
@@ -109,8 +114,7 @@ def token_stats(
     token_ids, mask, temperature, softcap = checked(check, logits, token_ids, mask, temperature, softcap, shift)
     if inplace_backward:
         check.not_a_leaf("inplace_backward", logits)
-    rows_fit = torch.compiler.is_compiling() or _rows.as_rows(logits, shift) is not None
-    if not rows_fit:  # more than two batch dimensions that no stride can merge: one call per slice of the first
+    if not views.viewable(logits, shift):  # more than two batch dimensions that no stride can merge: one call per slice
         masks = mask if mask is not None else [None] * len(logits)
         return TokenStats.stacked(
             [
@@ -119,8 +123,8 @@ def token_stats(
             ]
         )
     inplace = inplace_backward and not torch.compiler.is_compiling()
-    logp, entropy, score_sqnorm, lse = _call(logits, token_ids, mask, temperature, softcap, shift, inplace)
-    return TokenStats(logp, entropy, score_sqnorm.detach(), lse.detach(), shift)
+    outputs = _op(logits, token_ids, mask, temperature, softcap, shift, inplace)
+    return TokenStats.of(RowStatistics(*outputs), shift)
 
 
 def checked(
@@ -135,17 +139,31 @@ def checked(
             f"logits must be contiguous in the last dimension, got strides {logits.stride()} for shape "
             f"{tuple(logits.shape)}. Keep the vocabulary last in memory, or call logits.contiguous() (a copy)."
         )
+    return checked_tokens(check, "logits", "V", logits, token_ids, mask, temperature, softcap, shift)
+
+
+def checked_tokens(
+    check: Check,
+    name: str,
+    width: str,
+    rows: Tensor,
+    token_ids: Any,
+    mask: Any,
+    temperature: Any,
+    softcap: Any,
+    shift: Any,
+) -> tuple[Tensor, Tensor | None, float, float | None]:
+    """What logits and hidden states have beside them, checked against `rows` [.., width], which the caller knows by `name`."""
     check.tensor("token_ids", token_ids, checks.ID_DTYPES, "Convert it: token_ids.long().")
-    because = "logits.shape[:-1]"
-    fix = "With logits[:, :-1] pass token_ids[:, 1:], or pass both whole with shift=True."
-    check.shape("token_ids", token_ids, logits.shape[:-1], because, fix)
-    check.same_device("token_ids", token_ids, "logits", logits)
+    fix = f"With {name}[:, :-1] pass token_ids[:, 1:], or pass both whole with shift=True."
+    check.shape("token_ids", token_ids, rows.shape[:-1], f"{name}.shape[:-1]", fix)
+    check.same_device("token_ids", token_ids, name, rows)
     if mask is not None:
         mask = check.mask("mask", mask)
         check.shape("mask", mask, token_ids.shape, "token_ids.shape")
-        check.same_device("mask", mask, "logits", logits)
-    if shift and logits.dim() < 2:
-        raise check.value_error(f"shift=True wants logits [.., T, V], got {checks.describe(logits)}.")
+        check.same_device("mask", mask, name, rows)
+    if shift and rows.dim() < 2:
+        raise check.value_error(f"shift=True wants {name} [.., T, {width}], got {checks.describe(rows)}.")
     temperature = check.positive_float("temperature", temperature)
     softcap = check.optional_positive_float("softcap", softcap)
     return token_ids.to(torch.int64), mask, temperature, softcap
@@ -153,64 +171,39 @@ def checked(
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
 
-_PASS = "float temperature, float? softcap, bool shift"
-LIBRARY.define(
-    f"token_stats(Tensor logits, Tensor token_ids, Tensor? mask, {_PASS}, bool inplace_backward)"
-    " -> (Tensor logp, Tensor entropy, Tensor score_sqnorm, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_BACKWARD = (
-    "Tensor token_ids, Tensor? mask, Tensor logp, Tensor entropy, Tensor lse,"
-    f" Tensor? grad_logp, Tensor? grad_entropy, {_PASS}"
-)
-LIBRARY.define(f"token_stats_backward(Tensor logits, {_BACKWARD}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-LIBRARY.define(f"token_stats_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-
 
 def _token_stats(
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    shift: bool,
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, temperature: float, softcap: float | None, shift: bool,
     inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> RowStatistics:  # fmt: skip
     backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])
-    rows = _rows.rows_of(logits, shift)
-    ids, live = _rows.beside(token_ids, rows), _rows.beside(mask, rows)
-    _rows.check_ids(Check("token_stats"), ids, live, logits.shape[-1], shift)
-    outputs = backend.forward(rows, ids, live, temperature=temperature, softcap=softcap, shift=shift)
-    logp, entropy, score_sqnorm, lse = (o.view(token_ids.shape) for o in outputs)
-    return logp, entropy, score_sqnorm, lse
+    rows = views.rows_of(logits, shift)
+    ids, mask = views.beside(token_ids, rows), views.beside(mask, rows)
+    views.check_ids("token_stats", ids, mask, logits.shape[-1], shift)
+    outputs = backend.forward(rows, ids, mask, temperature=temperature, softcap=softcap, shift=shift)
+    return RowStatistics(*outputs).map(lambda values: values.view(token_ids.shape))
+
+
+def _fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> RowStatistics:
+    return RowStatistics.empty(token_ids.shape, logits)
 
 
 def _backward_into(
-    out: Tensor,
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    logp: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    shift: bool,
-) -> None:
-    rows = _rows.rows_of(logits, shift)
+    out: Tensor, logits: Tensor, token_ids: Tensor, mask: Tensor | None, logp: Tensor, entropy: Tensor, lse: Tensor,
+    grad_logp: Tensor | None, grad_entropy: Tensor | None, temperature: float, softcap: float | None, shift: bool,
+) -> None:  # fmt: skip
+    rows = views.rows_of(logits, shift)
     out_rows = rows if out is logits else out.view(rows.shape)
     token_sized = (token_ids, mask, logp, entropy, lse, grad_logp, grad_entropy)
     backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])
     backend.backward(
-        out_rows,
-        rows,
-        *(_rows.beside(t, rows) for t in token_sized),
-        temperature=temperature,
-        softcap=softcap,
-        shift=shift,
-    )
+        out_rows, rows, *(views.beside(t, rows) for t in token_sized),
+        temperature=temperature, softcap=softcap, shift=shift,
+    )  # fmt: skip
+
+
+def _fake_backward(logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _token_stats_backward(logits: Tensor, *rest: Any) -> Tensor:
@@ -224,46 +217,38 @@ def _token_stats_backward_(logits: Tensor, *rest: Any) -> None:
     torch.autograd.graph.increment_version(logits)  # kernels write by address, which autograd does not see
 
 
-def _stats_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _fake_forward(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty(token_ids.shape, dtype=_stats_dtype(logits), device=logits.device) for _ in range(4))
-
-
-def _fake_backward(logits: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, token_ids, mask, ctx.temperature, ctx.softcap, ctx.shift, ctx.inplace = inputs
-    logp, entropy, _, lse = output
-    ctx.save_for_backward(logits, token_ids, mask, logp, entropy, lse)
+    stats = RowStatistics(*output)
+    ctx.save_for_backward(logits, token_ids, mask, stats.logp, stats.entropy, stats.lse)
     ctx.set_materialize_grads(False)  # no gradient to entropy is the common case, and has a cheaper kernel
 
 
-def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     nothing = (None,) * 6
     if grad_logp is None and grad_entropy is None:
         return (None, *nothing)
     logits, *saved = ctx.saved_tensors
     arguments = (logits, *saved, grad_logp, grad_entropy, ctx.temperature, ctx.softcap, ctx.shift)
     if not ctx.inplace:
-        return (torch.ops.vcpo_kernels.token_stats_backward(*arguments), *nothing)
+        return (_backward_op(*arguments), *nothing)
     written = logits.detach()  # shares storage and version counter; not a view of the graph
-    torch.ops.vcpo_kernels.token_stats_backward_(written, *arguments[1:])
+    _backward_op_(written, *arguments[1:])
     return (written, *nothing)
 
 
-for _name, _implementation in (
-    ("token_stats", _token_stats),
-    ("token_stats_backward", _token_stats_backward),
-    ("token_stats_backward_", _token_stats_backward_),
-):
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-torch.library.register_fake(qualified("token_stats"), _fake_forward, lib=LIBRARY)
-torch.library.register_fake(qualified("token_stats_backward"), _fake_backward, lib=LIBRARY)
-torch.library.register_fake(qualified("token_stats_backward_"), lambda logits, *rest: None, lib=LIBRARY)
-torch.library.register_autograd(qualified("token_stats"), _autograd, setup_context=_setup_context, lib=LIBRARY)
-_call = short_way("token_stats", _token_stats, _setup_context, _autograd)
+SETTINGS = "float temperature, float? softcap, bool shift"
+_SAVED = (
+    "Tensor token_ids, Tensor? mask, Tensor logp, Tensor entropy, Tensor lse, Tensor? grad_logp, Tensor? grad_entropy, "
+    + SETTINGS
+)
+_op = define_op(
+    f"token_stats(Tensor logits, Tensor token_ids, Tensor? mask, {SETTINGS}, bool inplace_backward) -> ({RETURNS})",
+    _token_stats, _fake, _setup_context, _backward, bypass=True,
+)  # fmt: skip
+_backward_op = define_op(
+    f"token_stats_backward(Tensor logits, {_SAVED}) -> Tensor", _token_stats_backward, _fake_backward
+)
+_backward_op_ = define_op(
+    f"token_stats_backward_(Tensor(a!) logits, {_SAVED}) -> ()", _token_stats_backward_, nothing_returned
+)

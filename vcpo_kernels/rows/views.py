@@ -42,6 +42,11 @@ def as_rows(logits: Tensor, shift: bool) -> Tensor | None:
     return logits.as_strided((outer, inner, logits.shape[-1]), (outer_stride, inner_stride, 1), logits.storage_offset())
 
 
+def viewable(logits: Tensor, shift: bool) -> bool:
+    """Whether one call can take the logits whole. A compiled graph always does, by a copy where it must."""
+    return torch.compiler.is_compiling() or as_rows(logits, shift) is not None
+
+
 def rows_of(logits: Tensor, shift: bool) -> Tensor:
     """`as_rows` inside an op: compiled graphs cannot take the public functions' way of one call per slice."""
     rows = as_rows(logits, shift)
@@ -60,16 +65,16 @@ def beside(value: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if value is None else value.reshape(rows.shape[:2]).contiguous()
 
 
-def check_ids(check: Check, token_ids: Tensor, mask: Tensor | None, vocabulary: int, shift: bool) -> None:
-    """On the CPU, a live id [outer, inner] outside the vocabulary is an error; a GPU is not waited for."""
+def check_ids(op: str, token_ids: Tensor, mask: Tensor | None, vocabulary: int, shift: bool) -> None:
+    """On the CPU, a valid id [outer, inner] outside the vocabulary is an error; a GPU is not waited for."""
     if token_ids.device.type == "cpu":
-        check.vocabulary_ids(token_ids, counts(token_ids, mask, shift), vocabulary)
+        Check(op).vocabulary_ids(token_ids, valid_tokens(token_ids, mask, shift), vocabulary)
 
 
-def counts(token_ids: Tensor, mask: Tensor | None, shift: bool) -> Tensor | None:
+def valid_tokens(token_ids: Tensor, mask: Tensor | None, shift: bool) -> Tensor | None:
     """The entries that count: the mask's, without the first of each sequence where that has no prediction. None: all."""
     if not shift:
         return mask
-    live = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.clone()
-    live[..., :1] = False
-    return live
+    valid = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask.clone()
+    valid[..., :1] = False
+    return valid

@@ -6,6 +6,7 @@ public function. The kernel is score_rows in `backends/<name>/score_rows.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks, registry
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.core.library import LIBRARY, qualified
-from vcpo_kernels.head import arguments as _head_inputs
-from vcpo_kernels.rows import known_gradient as _scale
-from vcpo_kernels.rows import views as _rows
-from vcpo_kernels.rows.token_stats import TokenStats, checked
+from vcpo_kernels.core.dtypes import needs_grad, wide
+from vcpo_kernels.core.library import define_op
+from vcpo_kernels.rows import known_gradient, views
+from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
+from vcpo_kernels.rows.token_stats import SETTINGS, TokenStats, checked
 
 
 def weighted_logp(
@@ -66,8 +67,7 @@ def weighted_logp(
     coefficients = checked_coefficients(check, coefficients, token_ids, logits)
     if inplace:
         check.not_a_leaf("inplace", logits)
-    rows_fit = torch.compiler.is_compiling() or _rows.as_rows(logits, shift) is not None
-    if not rows_fit:  # more than two batch dimensions that no stride can merge: one call per slice of the first
+    if not views.viewable(logits, shift):  # more than two batch dimensions that no stride can merge: one call per slice
         masks = mask if mask is not None else [None] * len(logits)
         parts = [
             weighted_logp(z, ids, c, m, temperature, softcap, shift, inplace)
@@ -75,14 +75,18 @@ def weighted_logp(
         ]
         losses, stats = zip(*parts, strict=True)
         return torch.stack(losses).sum(), TokenStats.stacked(stats)
-    (needs_logits,) = _head_inputs.needs_grad(logits)
+    (needs_logits,) = needs_grad(logits)
     settings = (token_ids, mask, coefficients, temperature, softcap, shift)
     if inplace and needs_logits and not torch.compiler.is_compiling():
-        outputs = _InPlace.apply(logits, *settings)
+        loss, *stats = _InPlace.apply(logits, *settings)
     else:
-        outputs = torch.ops.vcpo_kernels.weighted_logp(logits, *settings, needs_logits)[:5]
-    loss, *statistics = outputs
-    return loss, TokenStats.detached(statistics, shift)
+        loss, *stats, _ = _op(logits, *settings, needs_logits)
+    return loss, without_gradient(stats, shift)
+
+
+def without_gradient(statistics: Sequence[Tensor], shift: bool) -> TokenStats:
+    """The statistics beside a loss whose gradient has been taken already."""
+    return TokenStats.of(RowStatistics(*statistics).map(Tensor.detach), shift)
 
 
 def checked_coefficients(check: Check, coefficients: Any, token_ids: Tensor, beside: Tensor) -> Tensor:
@@ -91,26 +95,18 @@ def checked_coefficients(check: Check, coefficients: Any, token_ids: Tensor, bes
     check.tensor("coefficients", coefficients, checks.FLOAT_DTYPES, fix)
     check.shape("coefficients", coefficients, token_ids.shape, "token_ids.shape", fix)
     check.same_device("coefficients", coefficients, "token_ids", token_ids)
-    return coefficients.to(torch.float64 if beside.dtype == torch.float64 else torch.float32)
+    return coefficients.to(wide(beside.dtype))
 
 
-def weighted_sum(logp: Tensor, coefficients: Tensor, live: Tensor | None) -> Tensor:
-    """sum_t c_t logp_t over live tokens, where c_t = 0 takes no part whatever logp_t is."""
+def weighted_sum(logp: Tensor, coefficients: Tensor, valid: Tensor | None) -> Tensor:
+    """sum_t c_t logp_t over valid tokens, where c_t = 0 takes no part whatever logp_t is."""
     idle = coefficients == 0
-    if live is not None:
-        idle |= ~live
+    if valid is not None:
+        idle |= ~valid
     return torch.where(idle, 0.0, coefficients * logp).sum()
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
-
-_ARGUMENTS = "Tensor token_ids, Tensor? mask, Tensor coefficients, float temperature, float? softcap, bool shift"
-_RETURNS = "Tensor loss, Tensor logp, Tensor entropy, Tensor score_sqnorm, Tensor lse"
-LIBRARY.define(
-    f"weighted_logp(Tensor logits, {_ARGUMENTS}, bool needs_logits) -> ({_RETURNS}, Tensor gradient)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-LIBRARY.define(f"weighted_logp_(Tensor(a!) logits, {_ARGUMENTS}) -> ({_RETURNS})", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _into(
@@ -118,18 +114,19 @@ def _into(
     temperature: float, softcap: float | None, shift: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """loss and statistics; the gradient into `out`, which may be `logits`."""
-    rows = _rows.rows_of(logits, shift)
-    ids, live, c = _rows.beside(token_ids, rows), _rows.beside(mask, rows), _rows.beside(coefficients, rows)
-    _rows.check_ids(Check("weighted_logp"), ids, live, logits.shape[-1], shift)
+    rows = views.rows_of(logits, shift)
+    ids, mask, c = views.beside(token_ids, rows), views.beside(mask, rows), views.beside(coefficients, rows)
+    views.check_ids("weighted_logp", ids, mask, logits.shape[-1], shift)
     settings = {"temperature": temperature, "softcap": softcap, "shift": shift}
     if out is None:
         backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])
-        stats = backend.forward(rows, ids, live, **settings)
+        stats = RowStatistics(*backend.forward(rows, ids, mask, **settings))
     else:
         out_rows = rows if out is logits else out.view(rows.shape)
         backend = registry.select("score_rows", logits.device, logits.dtype, logits.shape[-1])
-        stats = backend.forward(out_rows, rows, ids, live, c, **settings)
-    return (weighted_sum(stats[0], c, _rows.counts(ids, live, shift)), *(s.view(token_ids.shape) for s in stats))
+        stats = RowStatistics(*backend.forward(out_rows, rows, ids, mask, c, **settings))
+    loss = weighted_sum(stats.logp, c, views.valid_tokens(ids, mask, shift))
+    return (loss, *(s.view(token_ids.shape) for s in stats))
 
 
 def _weighted_logp(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -145,8 +142,8 @@ def _weighted_logp_(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    stats = _head_inputs.fake_statistics(logits, token_ids, 4)
-    return (stats[0].new_empty(()), *stats)
+    stats = RowStatistics.empty(token_ids.shape, logits)
+    return (stats.logp.new_empty(()), *stats)
 
 
 def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -158,16 +155,17 @@ def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs_logits = inputs[-1]
-    ctx.save_for_backward(output[1])
-    _scale.hold(ctx, output[-1])
+    _, logp, *_, gradient = output
+    ctx.save_for_backward(logp)
+    known_gradient.save(ctx, gradient)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     if grad_loss is None:
         return (None,) * 8
     (logp,) = ctx.saved_tensors
-    (gradient,) = _scale.hand_out(ctx, grad_loss)
+    (gradient,) = known_gradient.release(ctx, grad_loss)
     grad_coefficients = grad_loss * logp if ctx.needs_input_grad[3] else None
     return (gradient if ctx.needs_logits else None, None, None, grad_coefficients, None, None, None, None)
 
@@ -178,27 +176,21 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         written = logits.detach()  # shares storage and version counter
-        loss, *stats = torch.ops.vcpo_kernels.weighted_logp_(written, *arguments)
-        ctx.save_for_backward(stats[0])
-        _scale.hold(ctx, written)
+        loss, *stats = _op_(written, *arguments)
+        _setup_context(ctx, (True,), (loss, *stats, written))
         ctx.mark_non_differentiable(*stats)
-        ctx.set_materialize_grads(False)
         return (loss, *stats)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        if grad_loss is None:
-            return (None,) * 7
-        (logp,) = ctx.saved_tensors
-        (gradient,) = _scale.hand_out(ctx, grad_loss)
-        grad_coefficients = grad_loss * logp if ctx.needs_input_grad[3] else None
-        return (gradient, None, None, grad_coefficients, None, None, None)
+        return _backward(ctx, grad_loss)[:-1]  # without needs_logits, which only the other op is told
 
 
-for _name, _implementation, _fake_of in (
-    ("weighted_logp", _weighted_logp, _fake),
-    ("weighted_logp_", _weighted_logp_, _fake_),
-):
-    LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified(_name), _fake_of, lib=LIBRARY)
-torch.library.register_autograd(qualified("weighted_logp"), _autograd, setup_context=_setup_context, lib=LIBRARY)
+_ARGUMENTS = f"Tensor token_ids, Tensor? mask, Tensor coefficients, {SETTINGS}"
+_op = define_op(
+    f"weighted_logp(Tensor logits, {_ARGUMENTS}, bool needs_logits) -> (Tensor loss, {RETURNS}, Tensor gradient)",
+    _weighted_logp, _fake, _setup_context, _backward,
+)  # fmt: skip
+_op_ = define_op(
+    f"weighted_logp_(Tensor(a!) logits, {_ARGUMENTS}) -> (Tensor loss, {RETURNS})", _weighted_logp_, _fake_
+)

@@ -7,33 +7,17 @@ before the square is taken, so that their cross terms are in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vcpo_kernels.core.dtypes import wide
+from vcpo_kernels.head.score_matrix import ByColumns, blocks_of
 from vcpo_kernels.sequence_gradients.outer_sqnorm import outer_sqnorm, outer_sqnorms
-from vcpo_kernels.sequence_gradients.row_owners import Spans, wide
-
-
-class Left(Protocol):
-    """A matrix [R, P] that is had by blocks of its columns: in memory, or computed when asked for."""
-
-    @property
-    def width(self) -> int:
-        """P."""
-
-    @property
-    def step(self) -> int:
-        """Columns that a block may have."""
-
-    def block(self, columns: slice) -> Tensor:
-        """[R, columns]; may be overwritten by the next call."""
-
-    def selected(self, rows: Tensor) -> Left:
-        """Some rows only."""
+from vcpo_kernels.sequence_gradients.row_owners import Spans
 
 
 @dataclass(frozen=True)
@@ -61,7 +45,7 @@ class Dense:
 class Stacked:
     """Several on top of each other, their rows permuted."""
 
-    parts: tuple[Left, ...]
+    parts: tuple[ByColumns, ...]
     permutation: Tensor
 
     @property
@@ -83,15 +67,9 @@ class Stacked:
 class Product:
     """sum_t left_t right_t^T over each sequence's rows: of a Linear's weight [P, Q]."""
 
-    left: Left
+    left: ByColumns
     right: Tensor
     spans: Spans
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """left by blocks of its columns."""
-        for begin in range(0, self.left.width, max(self.left.step, 1)):
-            columns = slice(begin, min(begin + self.left.step, self.left.width))
-            yield columns, self.left.block(columns)
 
 
 # Fewer rows than this share with a gradient, and copying them costs less than what they save in two products.
@@ -192,7 +170,7 @@ def _squared_norms(gradient: ParameterGradient) -> Tensor:
     spans = (product or lookup).spans  # type: ignore[union-attr]
     total = torch.zeros(spans.num_sequences, dtype=torch.float64, device=spans.offsets.device)
     if product is not None:
-        for columns, block in product.blocks():
+        for columns, block in blocks_of(product.left):
             right = product.right.to(block.dtype)
             total += outer_sqnorm(block, right, product.spans.offsets, product.spans.max_length)
             if lookup is not None:
@@ -275,7 +253,7 @@ def _add_product(grad: Tensor, product: Product, coefficients: Tensor, fresh: bo
     else:
         product = Product(left, (right * c[:, None]).to(right.dtype), product.spans)
     grad = grad.unsqueeze(-1) if grad.dim() == 1 else grad  # a bias, whose right factors are [R, 1]
-    for columns, block in product.blocks():
+    for columns, block in blocks_of(product.left):
         part, into = product.right.to(block.dtype), grad[columns]
         if grad.dtype == block.dtype:
             torch.addmm(into, block.T, part, beta=0 if fresh else 1, out=into)  # beta 0: what is there is not read

@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vcpo_kernels.core import registry
-from vcpo_kernels.core.library import LIBRARY, qualified
+from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.dtypes import wide
+from vcpo_kernels.core.library import define_op
 
 FORMS = ("gram", "tile", "auto")
 
@@ -69,28 +70,23 @@ def outer_sqnorms(
 
     Layers that read the same input (queries, keys and values; gate and up) have such gradients.
     """
-    result: Tensor = torch.ops.vcpo_kernels.outer_sqnorm(lefts, right, offsets, max_length, form)
+    result: Tensor = _op(lefts, right, offsets, max_length, form)
     return result
 
 
-LIBRARY.define(
-    "outer_sqnorm(Tensor[] lefts, Tensor right, Tensor offsets, SymInt max_length, str form) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
 def _outer_sqnorm(lefts: list[Tensor], right: Tensor, offsets: Tensor, max_length: int, form: str) -> Tensor:
-    if form not in FORMS:
-        raise ValueError(f"outer_sqnorm: form must be one of {', '.join(map(repr, FORMS))}, got {form!r}.")
+    Check("outer_sqnorm").choice("form", form, FORMS)
     backend = registry.select("outer_sqnorm", right.device, right.dtype)
     result: Tensor = backend.forward(lefts, right, offsets, max_length, form)
     return result
 
 
 def _fake(lefts: list[Tensor], right: Tensor, offsets: Tensor, max_length: int, form: str) -> Tensor:
-    dtype = torch.float64 if right.dtype == torch.float64 else torch.float32
-    return right.new_empty((len(lefts), offsets.shape[0] - 1), dtype=dtype)
+    return right.new_empty((len(lefts), offsets.shape[0] - 1), dtype=wide(right.dtype))
 
 
-LIBRARY.impl("outer_sqnorm", _outer_sqnorm, "CompositeExplicitAutograd")
-torch.library.register_fake(qualified("outer_sqnorm"), _fake, lib=LIBRARY)
+_op = define_op(
+    "outer_sqnorm(Tensor[] lefts, Tensor right, Tensor offsets, SymInt max_length, str form) -> Tensor",
+    _outer_sqnorm,
+    _fake,
+)

@@ -7,19 +7,16 @@ the token statistics as -c_i at every valid token, and from there the logits thr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.core.library import LIBRARY, qualified, short_way
-from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.rows.token_loss import policy_loss
+from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 from vcpo_kernels.sequences import baselines
-from vcpo_kernels.sequences.aggregation import AGGREGATIONS
+from vcpo_kernels.sequences.aggregation import AGGREGATIONS, longest_possible
 from vcpo_kernels.sequences.log_weights import usable
-from vcpo_kernels.sequences.segment_sum import segment_spread
 from vcpo_kernels.sequences.segments import Segments, check_segments
 from vcpo_kernels.sequences.vcpo_coefficients import METRICS, vcpo_coefficients
 
@@ -145,8 +142,7 @@ def vcpo_loss(
             f"config must be a VCPOConfig, got {checks.describe(config)}. Make one: VCPOConfig(...)."
         )
     check_segments(check, segments)
-    if not isinstance(stats, TokenStats):
-        raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
+    check_stats(check, stats)
     logp = segments.flat(check, "stats", stats.logp)
     check.tensor("behavior_logp", behavior_logp, checks.FLOAT_DTYPES)
     mu = segments.flat(check, "behavior_logp", behavior_logp).detach()
@@ -160,7 +156,9 @@ def vcpo_loss(
     if ids is not None:
         check.same_device("groups", ids, "stats", logp)
     token_scores, score_norms = _norms(check, config, stats, segments, logp)
-    max_tokens = _max_tokens(check, config, segments)
+    max_tokens = longest_possible(
+        check, config.aggregation, config.max_tokens, segments, "config.max_tokens", "Set VCPOConfig(max_tokens=...)"
+    )
     if stats.shifted and segments.max_length is None:
         # A packed sequence's first token was predicted from its neighbour: in no count, and without a gradient. (In padded
         # rows that is entry 0, which the op skips and token_stats gives no gradient.)
@@ -177,7 +175,7 @@ def vcpo_loss(
         if score_norms is not None:
             taking_part = (results.lengths > 0) & usable(results.log_weights)
             baselines.check_norms(check, "config.score_norm", score_norms, taking_part)
-    loss = _call_loss(logp, results.coefficients, results.lengths, *segments.tensors)
+    loss = policy_loss(logp, results.coefficients, results.lengths, *segments.tensors)
     metrics = dict(zip(METRICS, results.metrics.unbind(), strict=True))
     return VCPOOutput(
         loss=loss,
@@ -201,44 +199,3 @@ def _norms(
     check.shape("config.score_norm", norms, (segments.num_sequences,), "one squared norm per sequence")
     check.same_device("config.score_norm", norms, "stats", logp)
     return None, norms.to(logp.dtype)
-
-
-def _max_tokens(check: Check, config: VCPOConfig, segments: Segments) -> float | None:
-    if config.aggregation != "seq-mean-token-sum-norm" or config.max_tokens is not None:
-        return config.max_tokens
-    if segments.max_length is None:
-        raise check.value_error(
-            "aggregation 'seq-mean-token-sum-norm' needs config.max_tokens for packed and indexed segments, "
-            "whose longest possible sequence is not known. Set VCPOConfig(max_tokens=...) to the generation limit."
-        )
-    return float(segments.max_length)
-
-
-# --- the loss as an op -----------------------------------------------------------------------------------------------
-
-LIBRARY.define(
-    "policy_loss(Tensor logp, Tensor coefficients, Tensor lengths, Tensor? mask, Tensor offsets, Tensor? order) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def _policy_loss(logp: Tensor, coefficients: Tensor, lengths: Tensor, *segments: Any) -> Tensor:
-    return -(coefficients.double() * lengths.double()).sum().to(logp.dtype)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logp, coefficients, _, mask, offsets, order = inputs
-    ctx.num_tokens = logp.shape[0]
-    ctx.save_for_backward(coefficients, mask, offsets, order)
-
-
-def _policy_loss_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    coefficients, mask, offsets, order = ctx.saved_tensors
-    # logp is not read: a dropped sequence's NaN meets its coefficient of 0 nowhere.
-    return segment_spread(-grad * coefficients, mask, offsets, order, ctx.num_tokens), None, None, None, None, None
-
-
-LIBRARY.impl("policy_loss", _policy_loss, "CompositeExplicitAutograd")
-torch.library.register_fake(qualified("policy_loss"), lambda logp, *rest: logp.new_empty(()), lib=LIBRARY)
-torch.library.register_autograd(qualified("policy_loss"), _policy_loss_autograd, setup_context=_keep, lib=LIBRARY)
-_call_loss = short_way("policy_loss", _policy_loss, _keep, _policy_loss_autograd)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core import registry
-from vcpo_kernels.core.library import LIBRARY, qualified
+from vcpo_kernels.core.library import define_op
 
 # Names of the metrics tensor's entries, in order.
 METRICS = (
@@ -46,41 +46,14 @@ class SequenceResults(NamedTuple):
     metrics: Tensor
 
 
-# Flat positions N, sequences B. `group_ids` None: `group_size` consecutive sequences make a group. `score_norms` [B] or,
-# where None, the sum of `token_scores` [N]. Scalars given as None take their value from the batch.
-LIBRARY.define(
-    "vcpo_coefficients(Tensor logp, Tensor behavior_logp, Tensor? token_scores, Tensor? score_norms, Tensor rewards,"
-    " Tensor? group_ids, int group_size, SymInt num_groups, Tensor? mask, Tensor offsets, Tensor? order, bool skip_first,"
-    " str baseline_weighting, str aggregation, bool normalize_std, float? max_weight, float? ess_max_weight,"
-    " float? num_sequences, float? num_tokens, float? max_tokens)"
-    " -> (Tensor log_weights, Tensor lengths, Tensor moments, Tensor baselines, Tensor advantages, Tensor coefficients,"
-    " Tensor metrics)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-
-
-def vcpo_coefficients(*arguments: Any) -> SequenceResults:
-    """The op itself, arguments as in its schema. Not differentiable: the coefficients are constants of the loss."""
-    return SequenceResults(*torch.ops.vcpo_kernels.vcpo_coefficients(*arguments))
-
-
 def _vcpo_coefficients(logp: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     backend = registry.select("vcpo_coefficients", logp.device, logp.dtype)
     results: tuple[Tensor, ...] = tuple(backend.forward(logp, *rest))
     return results
 
 
-def _fake(
-    logp: Tensor,
-    behavior_logp: Tensor,
-    token_scores: Tensor | None,
-    score_norms: Tensor | None,
-    rewards: Tensor,
-    group_ids: Tensor | None,
-    group_size: int,
-    num_groups: int,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
+def _fake(logp: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, rewards, _, _, num_groups = rest[:7]
     batch = rewards.shape[0]
     return SequenceResults(
         log_weights=logp.new_empty(batch),
@@ -93,5 +66,19 @@ def _fake(
     )
 
 
-LIBRARY.impl("vcpo_coefficients", _vcpo_coefficients, "CompositeExplicitAutograd")
-torch.library.register_fake(qualified("vcpo_coefficients"), _fake, lib=LIBRARY)
+# Flat positions N, sequences B. `group_ids` None: `group_size` consecutive sequences make a group. `score_norms` [B] or,
+# where None, the sum of `token_scores` [N]. Scalars given as None take their value from the batch.
+_op = define_op(
+    "vcpo_coefficients(Tensor logp, Tensor behavior_logp, Tensor? token_scores, Tensor? score_norms, Tensor rewards,"
+    " Tensor? group_ids, int group_size, SymInt num_groups, Tensor? mask, Tensor offsets, Tensor? order, bool skip_first,"
+    " str baseline_weighting, str aggregation, bool normalize_std, float? max_weight, float? ess_max_weight,"
+    " float? num_sequences, float? num_tokens, float? max_tokens)"
+    " -> (Tensor log_weights, Tensor lengths, Tensor moments, Tensor baselines, Tensor advantages, Tensor coefficients,"
+    " Tensor metrics)",
+    _vcpo_coefficients, _fake,
+)  # fmt: skip
+
+
+def vcpo_coefficients(*arguments: Any) -> SequenceResults:
+    """The op itself, arguments as in its schema. Not differentiable: the coefficients are constants of the loss."""
+    return SequenceResults(*_op(*arguments))
