@@ -1,8 +1,8 @@
 """SequenceGradients: every sequence's exact gradient norm and the weighted gradient, from one forward and one backward.
 
 Layer: sequences [B]. The update sum_i c_i grad log pi(y_i) is linear in the sequences, and c_i enters the weight gradients
-alone. So the backward forms activation gradients only; every module leaves its input and output gradient (`_taps.py`);
-norms are taken from those (`_per_sequence.py`), the baseline and c from the norms, and only then the weights' gradients.
+alone. So the backward forms activation gradients only; every module leaves its input and output gradient (`capture.py`);
+norms are taken from those (`norms.py`), the baseline and c from the norms, and only then the weights' gradients.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred as _deferred
 from vcpo_kernels.parallel.averaging import average_gradients
-from vcpo_kernels.sequence_gradients import module_rules as _taps
-from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product, squared_norms
+from vcpo_kernels.sequence_gradients.capture import Capture
+from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product
 from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
-from vcpo_kernels.sequence_gradients.row_owners import Layout
+from vcpo_kernels.sequence_gradients.module_rules import Rule, rule_of
+from vcpo_kernels.sequence_gradients.norms import squared_norms
+from vcpo_kernels.sequence_gradients.row_owners import RowOwners
 from vcpo_kernels.sequences.segments import Segments, check_segments
 
 WHERE = "SequenceGradients"
@@ -31,7 +33,7 @@ CHECK = Check(WHERE)
 class SequenceGradients:
     """A context in which a model's backward leaves each sequence's gradient apart, for exact norms and any weighted sum.
 
-    Costs the GEMMs of a plain step and the norms'. Kept until `accumulate_`: every tapped module's output gradient, beside
+    Costs the GEMMs of a plain step and the norms'. Kept until `accumulate_`: every captured module's output gradient, beside
     the inputs that a plain forward keeps too. No buffer of the parameters' size, whatever B is.
 
     Exact where a row of activations depends on its own sequence alone: padded and packed batches of causal LMs, without
@@ -74,7 +76,7 @@ class SequenceGradients:
 
     def _reset(self) -> None:
         self._batch_shape: tuple[int, ...] | None = None
-        self._layout: Layout | None = None
+        self._owners: RowOwners | None = None
         self._gradients: dict[Tensor, ParameterGradient] = {}
         self._batches: list[tuple[int, dict[Tensor, ParameterGradient]]] = []
 
@@ -91,8 +93,8 @@ class SequenceGradients:
                 exits.enter_context(self._ddp.no_sync())
             hooks = [self._model.register_forward_pre_hook(self._see_batch, with_kwargs=True)]
             for module, name, rule, deferred in self._rules:
-                tap = _taps.Tap(module, name, rule, deferred, self._record, lambda: self._batch_shape)
-                hooks += tap.install()
+                capture = Capture(module, name, rule, deferred, self._record, lambda: self._batch_shape)
+                hooks += capture.install()
             hooks += [p.register_hook(self._refuse_gradient(name)) for p, name in self._names.items()]
             for hook in hooks:
                 exits.callback(hook.remove)
@@ -133,12 +135,12 @@ class SequenceGradients:
             raise check.value_error(
                 "per_sequence has no gradient: it must come from a forward inside the context, under grad mode."
             )
-        self._layout, self._gradients = Layout(segments), {}
+        self._owners, self._gradients = RowOwners(segments), {}
         try:
             per_sequence.sum().backward()
             self._batches.append((segments.num_sequences, self._gradients))
         finally:
-            self._layout, self._gradients = None, {}
+            self._owners, self._gradients = None, {}
 
     @torch.no_grad()
     def squared_norms(self) -> Tensor:
@@ -188,7 +190,7 @@ class SequenceGradients:
         if self._ddp is not None and self._averages:
             average_gradients(self._names, self._ddp.process_group)
 
-    # --- what taps and the fused head call ---------------------------------------------------------------------------
+    # --- what captures and the fused head call -----------------------------------------------------------------------
 
     def defers(self, parameter: Tensor) -> bool:
         return parameter in self._names
@@ -205,21 +207,21 @@ class SequenceGradients:
         outputs: tuple[Tensor, ...] = DeferredHead.apply(record, hidden, weight.detach(), detached, *rest, *deferred)
         return outputs
 
-    def _record(self, tap: _taps.Tap, x: Tensor, grad: Tensor) -> None:
-        layout = self._layout_now(tap.name)
+    def _record(self, capture: Capture, x: Tensor, grad: Tensor) -> None:
+        owners = self._owners_now(capture.name)
         with torch.no_grad():
-            into = {name: self._gradient_of(tap.module._parameters[name]) for name in tap.deferred}  # type: ignore[arg-type]
-            tap.rule.record(tap.module, tap.name or type(tap.module).__name__, layout, x, grad, into)
+            into = {name: self._gradient_of(capture.module._parameters[name]) for name in capture.deferred}  # type: ignore[arg-type]
+            capture.rule.record(capture.module, capture.name or type(capture.module).__name__, owners, x, grad, into)
 
     def _record_head(self, parameters: tuple[Tensor, Tensor | None], lead: tuple[int, ...], use: HeadUse) -> None:
         site = "linear_token_stats (of hidden states whole, with shift=True)"
-        layout = self._layout_now(site)
-        layout.rows_per_token(site, lead)
-        permutation, spans = layout.places(use.positions)
+        owners = self._owners_now(site)
+        owners.rows_per_token(site, lead)
+        permutation, spans = owners.sort_by_sequence(use.positions)
         owned = int(spans.offsets[-1])
         if owned < len(permutation):
-            layout.check_nobodys(site, use.left.selected(permutation[owned:]).block(slice(0, use.left.width)))
-        as_they_are = layout.segments.order is None and owned == len(permutation)
+            owners.check_unassigned(site, use.left.selected(permutation[owned:]).block(slice(0, use.left.width)))
+        as_they_are = owners.segments.order is None and owned == len(permutation)
         left = use.left if as_they_are else use.left.selected(permutation[:owned])
         for parameter, right in zip(parameters, (use.hidden, use.factors), strict=True):
             if parameter is not None and self.defers(parameter):
@@ -245,13 +247,13 @@ class SequenceGradients:
 
         return refuse
 
-    def _layout_now(self, name: str) -> Layout:
-        if self._layout is None:
+    def _owners_now(self, name: str) -> RowOwners:
+        if self._owners is None:
             raise RuntimeError(
                 f"{WHERE}: {name} was differentiated by a backward of its own. Inside the context call "
                 "grads.backward(per_sequence, segments) instead of loss.backward()."
             )
-        return self._layout
+        return self._owners
 
     def _check_active(self, check: Check) -> None:
         if self not in _deferred.active:
@@ -277,7 +279,7 @@ def _check_eager_and_whole(model: nn.Module) -> None:
     )
     if compiled:
         raise CHECK.type_error(
-            f"{type(model).__name__} is compiled, and a compiled graph has no modules to tap. Pass the model before "
+            f"{type(model).__name__} is compiled, and a compiled graph has no modules to capture. Pass the model before "
             "torch.compile, or use OPOBAccumulator."
         )
     for name, p in model.named_parameters():
@@ -288,14 +290,14 @@ def _check_eager_and_whole(model: nn.Module) -> None:
             )
 
 
-def _rules(model: nn.Module) -> list[tuple[nn.Module, str, _taps.Rule, tuple[str, ...]]]:
+def _rules(model: nn.Module) -> list[tuple[nn.Module, str, Rule, tuple[str, ...]]]:
     """Each module with trainable parameters of its own: module, name, rule, names of those parameters."""
     found, problems = [], []
     for name, module in model.named_modules():
         own = tuple(n for n, p in module._parameters.items() if p is not None and p.requires_grad)
         if not own:
             continue
-        rule = _taps.rule_of(module)
+        rule = rule_of(module)
         if isinstance(rule, str):
             problems.append(f"  {name or '(the model itself)'} ({type(module).__name__}; {', '.join(own)}): {rule}")
         else:

@@ -1,22 +1,18 @@
-"""A parameter's gradient sequence by sequence, from the factors that a backward leaves: norms, and weighted sums.
+"""A parameter's gradient sequence by sequence, as the factors that a backward leaves of it, and their weighted sum.
 
-Layer: tokens -> sequences. Nothing of the size of B parameters is formed, and nothing of one parameter's size but the
-sum that is asked for. A parameter may be used several times (tied weights, a module called twice): its uses add up
-before the square is taken, so that their cross terms are in.
+Layer: tokens. Nothing of the size of B parameters is formed, and nothing of one parameter's size but the sum that is asked
+for. A parameter may be used several times (tied weights, a module called twice). Norms are in `norms.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core.dtypes import wide
+from vcpo_kernels.core.dtypes import widened
 from vcpo_kernels.head.score_matrix import ByColumns, blocks_of
-from vcpo_kernels.sequence_gradients.outer_sqnorm import outer_sqnorm, outer_sqnorms
 from vcpo_kernels.sequence_gradients.row_owners import Spans
 
 
@@ -73,7 +69,7 @@ class Product:
 
 
 # Fewer rows than this share with a gradient, and copying them costs less than what they save in two products.
-LIVE_SHARE = 0.875
+ACTIVE_SHARE = 0.875
 
 
 def product_of(grad: Tensor, x: Tensor, spans: Spans, transposed: bool = False) -> Product:
@@ -83,12 +79,12 @@ def product_of(grad: Tensor, x: Tensor, spans: Spans, transposed: bool = False) 
     would make a GPU wait in every module; there the fused head, which leaves them out by the mask, is the way.
     """
     if grad.device.type == "cpu":
-        live = _rows_not_zero(grad)
-        before = torch.nn.functional.pad(live.cumsum(0), (1, 0))
-        if int(before[-1]) < LIVE_SHARE * len(live):
+        active = _rows_not_zero(grad)
+        before = torch.nn.functional.pad(active.cumsum(0), (1, 0))
+        if int(before[-1]) < ACTIVE_SHARE * len(active):
             offsets = before[spans.offsets]
             spans = Spans(offsets, int(torch.diff(offsets).max()) if spans.num_sequences else 0, False)
-            grad, x = grad[live], x[live]
+            grad, x = grad[active], x[active]
     return Product(Dense(x), grad, spans) if transposed else Product(Dense(grad), x, spans)
 
 
@@ -96,10 +92,10 @@ def _rows_not_zero(rows: Tensor) -> Tensor:
     """Which of [R, P] hold anything but zeros; NaN is something. Most rows show it in their first entries, and a pass over
     the whole of a head's [4096, 32000] would cost as much as reading half a gigabyte does.
     """
-    live = rows[:, :64].any(1)
-    unsure = (~live).nonzero()[:, 0]
-    live[unsure] = rows[unsure].any(1)
-    return live
+    found = rows[:, :64].any(1)
+    unsure = (~found).nonzero()[:, 0]
+    found[unsure] = rows[unsure].any(1)
+    return found
 
 
 @dataclass(frozen=True)
@@ -139,112 +135,25 @@ class ParameterGradient:
             _add_lookup(grad, lookup, coefficients)
 
 
-# --- norms -----------------------------------------------------------------------------------------------------------
-
-
-def squared_norms(gradients: Iterable[ParameterGradient]) -> dict[str, Tensor]:
-    """[B] float64 of each parameter, by its name. Products with one right factor between them go together."""
-    norms: dict[str, Tensor] = {}
-    alike: dict[Any, list[tuple[str, Product]]] = {}
-    for g in gradients:
-        plain = len(g.products) == 1 and not g.lookups and isinstance(g.products[0].left, Dense)
-        if plain:
-            right = g.products[0].right
-            alike.setdefault((right.data_ptr(), right.shape, right.stride(), right.dtype), []).append(
-                (g.name, g.products[0])
-            )
-        else:
-            norms[g.name] = _squared_norms(g)
-    for group in alike.values():
-        spans, right = group[0][1].spans, group[0][1].right
-        lefts = [product.left.block(slice(0, product.left.width)) for _, product in group]
-        found = outer_sqnorms([x.to(right.dtype) for x in lefts], right, spans.offsets, spans.max_length)
-        norms |= {name: n.double() for (name, _), n in zip(group, found, strict=True)}
-    return norms
-
-
-def _squared_norms(gradient: ParameterGradient) -> Tensor:
-    if gradient.whole is not None:
-        return gradient.whole.flatten(1).double().square().sum(1)
-    product, lookup = _one_product(gradient.products), _one_lookup(gradient.lookups)
-    spans = (product or lookup).spans  # type: ignore[union-attr]
-    total = torch.zeros(spans.num_sequences, dtype=torch.float64, device=spans.offsets.device)
-    if product is not None:
-        for columns, block in blocks_of(product.left):
-            right = product.right.to(block.dtype)
-            total += outer_sqnorm(block, right, product.spans.offsets, product.spans.max_length)
-            if lookup is not None:
-                total += 2 * _cross(block, columns, right, product.spans, lookup)
-    return total if lookup is None else total + _lookup_sqnorm(lookup)
-
-
-def _one_product(products: list[Product]) -> Product | None:
-    """All uses as one, each sequence's rows together."""
-    if len(products) < 2:
-        return products[0] if products else None
-    permutation, spans = _together([p.spans for p in products])
-    left = Stacked(tuple(p.left for p in products), permutation)
-    return Product(left, torch.cat([p.right for p in products])[permutation], spans)
-
-
-def _one_lookup(lookups: list[Lookup]) -> Lookup | None:
-    if len(lookups) < 2:
-        return lookups[0] if lookups else None
-    permutation, spans = _together([u.spans for u in lookups])
-    ids, right = torch.cat([u.ids for u in lookups]), torch.cat([u.right for u in lookups])
-    return Lookup(ids[permutation], right[permutation], spans)
-
-
-def _together(spans: list[Spans]) -> tuple[Tensor, Spans]:
-    """The permutation that brings the rows of several uses, on top of each other, into one order by sequence."""
-    owners, permutation = torch.sort(torch.cat([s.owners() for s in spans]), stable=True)
-    return permutation, Spans.of(owners, spans[0].num_sequences)
-
-
-def _runs(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def summed_over_equal(keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows [R, Q] summed over equal keys: distinct keys ascending, sums. Sorted, so that the order is always the same."""
     sorted_, permutation = torch.sort(keys, stable=True)
     distinct, counts = torch.unique_consecutive(sorted_, return_counts=True)
-    return distinct, torch.segment_reduce(rows[permutation].to(wide(rows.dtype)), "sum", lengths=counts, unsafe=True)
-
-
-def _lookup_sqnorm(lookup: Lookup) -> Tensor:
-    count = lookup.spans.num_sequences
-    total = torch.zeros(count, dtype=torch.float64, device=lookup.ids.device)
-    if lookup.ids.numel() == 0:
-        return total
-    stride = lookup.ids.amax() + 1
-    keys, sums = _runs(lookup.spans.owners() * stride + lookup.ids, lookup.right)
-    spans = Spans.of(keys // stride, count)
-    return spans.sums(sums.double().square().sum(1, keepdim=True))[:, 0]
-
-
-def _cross(left: Tensor, columns: slice, right: Tensor, spans: Spans, lookup: Lookup) -> Tensor:
-    """sum_{t,s} left[t, ids_s] (right_t . lookup_s) of each sequence, over the ids among `columns`: [B] float64."""
-    of_product, of_lookup = spans.offsets.tolist(), lookup.spans.offsets.tolist()
-    total = []
-    for i in range(spans.num_sequences):
-        rows, uses = slice(*of_product[i : i + 2]), slice(*of_lookup[i : i + 2])
-        ids = lookup.ids[uses]
-        here = ((ids >= columns.start) & (ids < columns.stop)).nonzero()[:, 0]
-        picked = left[rows].index_select(1, ids[here] - columns.start).to(wide(left.dtype))
-        dots = right[rows].to(picked.dtype) @ lookup.right[uses][here].to(picked.dtype).T
-        total.append((picked * dots).sum(dtype=torch.float64))
-    return torch.stack(total) if total else torch.zeros(0, dtype=torch.float64, device=left.device)
+    return distinct, torch.segment_reduce(widened(rows[permutation]), "sum", lengths=counts, unsafe=True)
 
 
 # --- weighted sums ---------------------------------------------------------------------------------------------------
 
 
-def _taking_part(spans: Spans, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Coefficient of each row that takes part, and the indices of these rows; None for all."""
+def _active_rows(spans: Spans, coefficients: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Coefficients of the rows that have one, and the indices of these rows; None for all."""
     of_rows = coefficients[spans.owners()]
     rows = (of_rows != 0).nonzero()[:, 0]
     return (of_rows, None) if len(rows) == len(of_rows) else (of_rows[rows], rows)
 
 
 def _add_product(grad: Tensor, product: Product, coefficients: Tensor, fresh: bool) -> None:
-    c, rows = _taking_part(product.spans, coefficients)
+    c, rows = _active_rows(product.spans, coefficients)
     if rows is not None:
         product = Product(product.left.selected(rows), product.right[rows], product.spans)
     left, right = product.left, product.right
@@ -264,8 +173,9 @@ def _add_product(grad: Tensor, product: Product, coefficients: Tensor, fresh: bo
 
 
 def _add_lookup(grad: Tensor, lookup: Lookup, coefficients: Tensor) -> None:
-    c, rows = _taking_part(lookup.spans, coefficients)
+    c, rows = _active_rows(lookup.spans, coefficients)
     ids, right = (lookup.ids, lookup.right) if rows is None else (lookup.ids[rows], lookup.right[rows])
     if ids.numel():
-        distinct, sums = _runs(ids, right.to(wide(right.dtype)) * c[:, None].to(wide(right.dtype)))
+        wide_right = widened(right)
+        distinct, sums = summed_over_equal(ids, wide_right * c[:, None].to(wide_right.dtype))
         grad[distinct] += sums.to(grad.dtype)

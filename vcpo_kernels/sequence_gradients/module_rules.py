@@ -1,9 +1,6 @@
-"""Taps: modules that leave their inputs and output gradients instead of forming their weights' gradients.
+"""What each kind of module's input and output gradient make of its parameters' gradients, sequence by sequence.
 
-Layer: tokens. A tap swaps a module's parameters for detached ones during its forward, so that autograd has no weight
-gradient to form, and passes the output through an identity whose backward sees the output's gradient. What the two make
-of a parameter's gradient is the module's rule: `rule_of` has the table. Works under activation checkpointing, since
-inputs are kept by `save_for_backward`.
+Layer: tokens. `rule_of` has the table; adding a kind of module is adding a function and a line there.
 """
 
 from __future__ import annotations
@@ -16,44 +13,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vcpo_kernels.core.dtypes import widened
 from vcpo_kernels.sequence_gradients.factors import Lookup, ParameterGradient, product_of
-from vcpo_kernels.sequence_gradients.row_owners import Layout, Spans, wide
+from vcpo_kernels.sequence_gradients.row_owners import RowOwners, Spans
 
 Gradients = dict[str, ParameterGradient]  # of a module's own parameters that take part, by their names in it
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How one kind of module is tapped.
+    """How one kind of module's gradients are had by sequence.
 
-    parameters: the names it may have. record: (module, site, layout, input, output gradient, gradients) adds the uses.
+    parameters: the names it may have. record: (module, site, owners, input, output gradient, gradients) adds the uses.
     """
 
     parameters: frozenset[str]
-    record: Callable[[nn.Module, str, Layout, Tensor, Tensor, Gradients], None]
+    record: Callable[[nn.Module, str, RowOwners, Tensor, Tensor, Gradients], None]
 
 
-def _linear(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _linear(module: nn.Module, site: str, owners: RowOwners, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """y = x W^T + b: dW = sum_t grad_t x_t^T, db = sum_t grad_t."""
-    spans, (g, a) = layout.arranged(site, grad, x.to(grad.dtype))
+    spans, (g, a) = owners.by_sequence(site, grad, x.to(grad.dtype))
     if "weight" in into:
         into["weight"].products.append(product_of(g, a, spans))
     if "bias" in into:
         into["bias"].add_whole(spans.sums(g))
 
 
-def _conv1d(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _conv1d(module: nn.Module, site: str, owners: RowOwners, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """transformers' Conv1D, y = x W + b: its weight is a Linear's transposed."""
-    spans, (g, a) = layout.arranged(site, grad, x.to(grad.dtype))
+    spans, (g, a) = owners.by_sequence(site, grad, x.to(grad.dtype))
     if "weight" in into:
         into["weight"].products.append(product_of(g, a, spans, transposed=True))
     if "bias" in into:
         into["bias"].add_whole(spans.sums(g))
 
 
-def _embedding(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _embedding(module: nn.Module, site: str, owners: RowOwners, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """y_t = W[x_t], times a scale where the module has one; padding_idx takes no gradient."""
-    spans, (g, ids) = layout.arranged(site, grad, x.unsqueeze(-1))
+    spans, (g, ids) = owners.by_sequence(site, grad, x.unsqueeze(-1))
     ids = ids[:, 0].to(torch.int64)
     scale = getattr(module, "embed_scale", None)
     if scale is not None:
@@ -64,23 +62,25 @@ def _embedding(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Te
     into["weight"].lookups.append(Lookup(ids, g, spans))
 
 
-def _elementwise(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _elementwise(module: nn.Module, site: str, owners: RowOwners, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """y = f(x) w + rest(x) + b, whatever f is: f(x) is what a weight of 1 adds to a weight of 0."""
     _add_scaled(
-        layout.arranged(site, grad, x), into, lambda a: _with_weight(module, a, 1.0) - _with_weight(module, a, 0.0)
+        owners.by_sequence(site, grad, x), into, lambda a: _with_weight(module, a, 1.0) - _with_weight(module, a, 0.0)
     )
 
 
-def _scaling(module: nn.Module, site: str, layout: Layout, x: Tensor, grad: Tensor, into: Gradients) -> None:
+def _scaling(module: nn.Module, site: str, owners: RowOwners, x: Tensor, grad: Tensor, into: Gradients) -> None:
     """The same without a rest, as most are: one forward less."""
-    _add_scaled(layout.arranged(site, grad, x), into, lambda a: _with_weight(module, a, 1.0))
+    _add_scaled(owners.by_sequence(site, grad, x), into, lambda a: _with_weight(module, a, 1.0))
 
 
-def _add_scaled(arranged: tuple[Spans, list[Tensor]], into: Gradients, scaled_of: Callable[[Tensor], Tensor]) -> None:
+def _add_scaled(
+    by_sequence: tuple[Spans, list[Tensor]], into: Gradients, scaled_of: Callable[[Tensor], Tensor]
+) -> None:
     """dw = sum_t grad_t scaled_t, db = sum_t grad_t."""
-    spans, (g, a) = arranged
+    spans, (g, a) = by_sequence
     if "weight" in into:
-        into["weight"].add_whole(spans.sums(g.to(wide(g.dtype)) * scaled_of(a)))
+        into["weight"].add_whole(spans.sums(widened(g) * scaled_of(a)))
     if "bias" in into:
         into["bias"].add_whole(spans.sums(g))
 
@@ -150,72 +150,3 @@ def _probed(module: nn.Module) -> Rule | None:
     if got.shape != x.shape or not torch.allclose(got, want, rtol=tolerance, atol=tolerance):
         return None
     return ELEMENTWISE if bool(zero.any()) else SCALING
-
-
-class _Tap(torch.autograd.Function):
-    """The identity. Its backward hands the output's gradient over, and gives the parameters none.
-
-    The parameters are inputs so that the output asks for a gradient even where nothing before it does.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, x: Tensor, record: Callable[[Tensor, Tensor], None], *parameters: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.record, ctx.count = record, len(parameters)
-        ctx.set_materialize_grads(False)
-        return output.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        if grad is not None:
-            ctx.record(ctx.saved_tensors[0], grad)
-        return (grad, *(None,) * (2 + ctx.count))
-
-
-@dataclass
-class Tap:
-    """A module under its rule. record: called in the backward with (tap, input, output gradient)."""
-
-    module: nn.Module
-    name: str
-    rule: Rule
-    deferred: tuple[str, ...]  # the module's own parameters that take part
-    record: Callable[[Tap, Tensor, Tensor], None]
-    batch_shape: Callable[[], tuple[int, ...] | None]
-    _kept: dict[str, nn.Parameter | None] | None = None
-
-    def install(self) -> list[Any]:
-        """Hooks, to be removed by whoever installs them."""
-        return [
-            self.module.register_forward_pre_hook(self._swap),
-            self.module.register_forward_hook(self._tap, prepend=True, with_kwargs=True, always_call=True),
-        ]
-
-    def _swap(self, module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled():
-            self._kept = {name: module._parameters[name] for name in self.deferred}
-            for name, parameter in self._kept.items():
-                module._parameters[name] = parameter.detach()  # type: ignore[union-attr, assignment]
-
-    def _tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        kept, self._kept = self._kept, None
-        if kept is None:
-            return output
-        module._parameters.update(kept)
-        if not isinstance(output, Tensor):  # the forward raised
-            return output
-        x = args[0] if args else next(iter(kwargs.values()))
-        output, x = self._own_row_each(output, x)
-        if self.rule in (LINEAR, CONV1D) and x.dtype != output.dtype:
-            x = x.to(output.dtype)  # under autocast, what a plain backward would keep
-        return _Tap.apply(output, x.detach(), lambda x, g: self.record(self, x, g), *kept.values())
-
-    def _own_row_each(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Position embeddings are looked up once for all sequences: their gradients would arrive added up."""
-        shape = self.batch_shape()
-        if self.rule is EMBEDDING and shape is not None and shape[0] != 1 and x.shape in ((1, shape[1]), shape[1:]):
-            return output.expand(*shape, output.shape[-1]), x.expand(shape)
-        return output, x

@@ -54,7 +54,7 @@ class OPOBAccumulator:
 
     Needs one buffer of the parameters' size beside param.grad, and as many backwards as there are sequences;
     `SequenceGradients` needs neither, but knows its modules. Under DistributedDataParallel call it inside `no_sync()`, and
-    `distributed_gradients.average_gradients` afterwards. Groups one after the other, a group's sequences one by one:
+    `vcpo_kernels.parallel.average_gradients` afterwards. Groups one after the other, a group's sequences one by one:
 
     >>> import torch, vcpo_kernels as vk
     >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))

@@ -1,4 +1,4 @@
-"""Whose gradient a row of activations carries: a batch's layout, and module tensors arranged by sequence.
+"""Whose gradient a row of activations carries, and module tensors sorted by sequence.
 
 Layer: tokens. A padded batch's row b is sequence b, prompt and padding included; in packed and indexed batches every
 token has its sequence. The mask of the segments says which tokens a loss counts, which is another matter: prompts take
@@ -13,12 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vcpo_kernels.core.dtypes import wide
 from vcpo_kernels.sequences.segments import Segments
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are taken in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -57,14 +53,14 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowOwners:
     """A batch's tokens by sequence, made of its Segments.
 
     For packed and indexed batches the offsets are read once, which on a GPU waits for them.
     """
 
     segments: Segments
-    end: int = field(init=False)  # rows past this one (in order) are nobody's
+    end: int = field(init=False)  # rows past this one (in order) are unassigned
     max_length: int = field(init=False)
     equal: bool = field(init=False)
 
@@ -80,10 +76,10 @@ class Layout:
         for name, value in (("end", end), ("max_length", longest), ("equal", equal)):
             object.__setattr__(self, name, value)
 
-    def arranged(self, site: str, grad: Tensor, *others: Tensor) -> tuple[Spans, list[Tensor]]:
+    def by_sequence(self, site: str, grad: Tensor, *others: Tensor) -> tuple[Spans, list[Tensor]]:
         """A module's output gradient and tensors beside it, all [*lead, d], as rows [R, d] sorted by sequence.
 
-        Raises RuntimeError where `lead` does not tell whose row is whose, or a row that is nobody's has a gradient.
+        Raises RuntimeError where `lead` does not tell whose row is whose, or a row that is unassigned has a gradient.
         """
         lead = tuple(grad.shape[:-1])
         per_token = self.rows_per_token(site, lead)
@@ -92,18 +88,18 @@ class Layout:
             return self._spans(per_token), [t.reshape(-1, t.shape[-1]) for t in tensors]
         tokens = [t.reshape(-1, per_token, t.shape[-1]) for t in tensors]
         order = self.segments.order
-        self.check_nobodys(site, tokens[0][self.end :] if order is None else tokens[0][order[self.end :]])
+        self.check_unassigned(site, tokens[0][self.end :] if order is None else tokens[0][order[self.end :]])
         kept = [t[: self.end] if order is None else t[order[: self.end]] for t in tokens]
         return self._spans(per_token), [t.reshape(-1, t.shape[-1]) for t in kept]
 
-    def places(self, positions: Tensor) -> tuple[Tensor, Spans]:
+    def sort_by_sequence(self, positions: Tensor) -> tuple[Tensor, Spans]:
         """Of flat token positions [M]: the permutation that sorts them by sequence, and its spans.
 
-        Positions that are nobody's come last, after the spans' end.
+        Positions that are unassigned come last, after the spans' end.
         """
         order = self.segments.order
-        place = positions if order is None else torch.argsort(order)[positions]
-        sorted_, permutation = torch.sort(place, stable=True)
+        rank = positions if order is None else torch.argsort(order)[positions]
+        sorted_, permutation = torch.sort(rank, stable=True)
         offsets = torch.searchsorted(sorted_, self.segments.offsets)
         return permutation, Spans(offsets, self.max_length, False)
 
@@ -136,7 +132,7 @@ class Layout:
             "where the module shares rows between sequences (or reorders them), use OPOBAccumulator."
         )
 
-    def check_nobodys(self, site: str, rows: Tensor) -> None:
+    def check_unassigned(self, site: str, rows: Tensor) -> None:
         """Raise where rows that belong to no sequence have a gradient."""
         if rows.numel() and bool(rows.any()):
             raise RuntimeError(

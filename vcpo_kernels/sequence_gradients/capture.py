@@ -1,0 +1,86 @@
+"""Capture: a module leaves its input and output gradient instead of forming its parameters' gradients.
+
+Layer: tokens. Hooks swap a module's parameters for detached ones during its forward, so that autograd has no weight gradient to
+form, and pass the output through an identity whose backward sees the output's gradient. Works under activation
+checkpointing, since inputs are kept by `save_for_backward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vcpo_kernels.sequence_gradients.module_rules import CONV1D, EMBEDDING, LINEAR, Rule
+
+
+class _Identity(torch.autograd.Function):
+    """The identity. Its backward hands the output's gradient over, and gives the parameters none.
+
+    The parameters are inputs so that the output asks for a gradient even where nothing before it does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, x: Tensor, record: Callable[[Tensor, Tensor], None], *parameters: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.record, ctx.count = record, len(parameters)
+        ctx.set_materialize_grads(False)
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if grad is not None:
+            ctx.record(ctx.saved_tensors[0], grad)
+        return (grad, *(None,) * (2 + ctx.count))
+
+
+@dataclass
+class Capture:
+    """A module under its rule. record: called in the backward with (capture, input, output gradient)."""
+
+    module: nn.Module
+    name: str
+    rule: Rule
+    deferred: tuple[str, ...]  # the module's own parameters that take part
+    record: Callable[[Capture, Tensor, Tensor], None]
+    batch_shape: Callable[[], tuple[int, ...] | None]
+    _swapped: dict[str, nn.Parameter | None] | None = None
+
+    def install(self) -> list[Any]:
+        """Hooks, to be removed by whoever installs them."""
+        return [
+            self.module.register_forward_pre_hook(self._swap),
+            self.module.register_forward_hook(self._capture, prepend=True, with_kwargs=True, always_call=True),
+        ]
+
+    def _swap(self, module: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled():
+            self._swapped = {name: module._parameters[name] for name in self.deferred}
+            for name, parameter in self._swapped.items():
+                module._parameters[name] = parameter.detach()  # type: ignore[union-attr, assignment]
+
+    def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        own, self._swapped = self._swapped, None
+        if own is None:
+            return output
+        module._parameters.update(own)
+        if not isinstance(output, Tensor):  # the forward raised
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        output, x = self._own_row_each(output, x)
+        if self.rule in (LINEAR, CONV1D) and x.dtype != output.dtype:
+            x = x.to(output.dtype)  # under autocast, what a plain backward would keep
+        return _Identity.apply(output, x.detach(), lambda x, g: self.record(self, x, g), *own.values())
+
+    def _own_row_each(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Position embeddings are looked up once for all sequences: their gradients would arrive added up."""
+        shape = self.batch_shape()
+        if self.rule is EMBEDDING and shape is not None and shape[0] != 1 and x.shape in ((1, shape[1]), shape[1:]):
+            return output.expand(*shape, output.shape[-1]), x.expand(shape)
+        return output, x
