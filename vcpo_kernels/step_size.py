@@ -9,7 +9,7 @@ import numbers
 import warnings
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,11 +17,25 @@ from torch.utils.hooks import RemovableHandle
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.sequences.ess import EffectiveSampleSize, ess_from_moments, ess_moments, merge_moments
-from vcpo_kernels.sequences.vcpo import VCPOOutput
 
 RULES: dict[str, float] = {"sqrt": 0.5, "linear": 1.0}  # exponent of min(1, rho / rho_ref)
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """What a batch's result needs for its step to be scaled: a loss to watch, and `ess_moments` of its log-weights.
+
+    `vcpo_loss`'s output and every objective's have both.
+    """
+
+    @property
+    def loss(self) -> Tensor:
+        """0-d. Gradients of it that are thrown away take the observation with them."""
+
+    @property
+    def ess_moments(self) -> Tensor:
+        """float64 [3]."""
 
 
 @dataclass
@@ -115,17 +129,18 @@ class EssLearningRate:
         ]
         self._wrapped_zero_grad = _watch_zero_grad(optimizer, self)
 
-    def observe(self, output: VCPOOutput | ObjectiveOutput | EffectiveSampleSize | Tensor) -> None:
+    def observe(self, output: Observable | EffectiveSampleSize | Tensor) -> None:
         """Count a micro-batch in the ESS of the next step. Once per micro-batch, before or after its backward pass.
 
-        output: what `vcpo_loss`, an objective or `effective_sample_size` returned, or log-weights [B].
+        output: what `vcpo_loss`, an objective or `effective_sample_size` returned, anything else with a `loss` and
+            `ess_moments`, or log-weights [B].
         """
         if isinstance(output, Tensor):
             Check("EssLearningRate.observe").tensor("output", output, (torch.float32, torch.float64))
             moments = ess_moments(output.detach().flatten())
         elif isinstance(output, EffectiveSampleSize):
             moments = output.moments
-        elif isinstance(output, (VCPOOutput, ObjectiveOutput)):
+        elif isinstance(output, Observable):
             moments = output.ess_moments
         else:
             raise TypeError(
@@ -133,7 +148,7 @@ class EssLearningRate:
                 f"ObjectiveOutput, got {checks.describe(output)}."
             )
         observation = _Observation(moments, None)
-        if isinstance(output, (VCPOOutput, ObjectiveOutput)) and output.loss.requires_grad:
+        if isinstance(output, Observable) and output.loss.requires_grad:
             observation.backpropagated = _graph_is_freed(output.loss)
             watched = weakref.ref(observation)
 

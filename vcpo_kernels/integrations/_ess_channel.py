@@ -7,15 +7,23 @@ process. The rates attached here (`attach`, `attach_to_next_optimizer`) hear of 
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations._given_advantages import WeightedAdvantages
 from vcpo_kernels.step_size import EssLearningRate
+
+
+@dataclass(frozen=True)
+class _Announced:
+    """A loss whose trainer knows nothing of ESS, as `EssLearningRate.observe` takes it."""
+
+    loss: torch.Tensor
+    ess_moments: torch.Tensor
 
 
 class _Process:
@@ -97,14 +105,22 @@ def attached() -> list[EssLearningRate]:
     return list(_PROCESS.rates)
 
 
-def publish(check: Check, result: WeightedAdvantages, loss: torch.Tensor, how: str) -> None:
+def last_step() -> tuple[torch.Tensor, torch.Tensor] | None:
+    """ESS ratio and the factor of the rate at the last step, 0-d each, for logs; None before the first."""
+    for rate in _PROCESS.rates:
+        if rate.ratio is not None and rate.scale is not None:
+            return rate.ratio, rate.scale
+    return None
+
+
+def publish(where: str, result: WeightedAdvantages, loss: torch.Tensor, how: str) -> None:
     """Announce a micro-batch to every attached rate. `how`: how to attach one, for the warning that there is none.
 
     A loss that takes no gradient (evaluation) is no part of any step.
     """
     if not loss.requires_grad:
         return
-    output = result.observed_as(loss)
+    output = _Announced(loss, result.ess_moments)
     for rate in _PROCESS.rates:
         rate.observe(output)
     if _PROCESS.rates:
@@ -113,4 +129,4 @@ def publish(check: Check, result: WeightedAdvantages, loss: torch.Tensor, how: s
         _PROCESS.waiting.append(output)
     elif not _PROCESS.warned:
         _PROCESS.warned = True
-        warnings.warn(f"{check.where}: no optimizer is attached, so steps are not scaled by ESS. {how}", stacklevel=3)
+        warnings.warn(f"{where}: no optimizer is attached, so steps are not scaled by ESS. {how}", stacklevel=3)

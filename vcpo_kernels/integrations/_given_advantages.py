@@ -14,22 +14,22 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.dtypes import wide
 from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
 from vcpo_kernels.sequences.log_weights import usable_below
 from vcpo_kernels.sequences.segments import Segments, check_segments
-from vcpo_kernels.sequences.vcpo import VCPOOutput
 
 
 @dataclass(frozen=True)
 class WeightedAdvantages:
     """All detached. coefficients: w^_i A_t in the tokens' shape, 0 where masked out or dropped. log_weights: L_i [B].
 
-    moments: `weights.ess_moments` of the batch. metrics: 0-d tensors.
+    ess_moments: of the batch (`sequences.ess`). metrics: 0-d tensors.
     """
 
     coefficients: Tensor
     log_weights: Tensor
-    moments: Tensor
+    ess_moments: Tensor
     metrics: dict[str, Tensor]
 
     def surrogate(self, logp: Tensor) -> Tensor:
@@ -37,17 +37,9 @@ class WeightedAdvantages:
 
         logp is added and subtracted where a coefficient stands alone, so that NaN or inf elsewhere reaches nothing.
         """
-        live = self.coefficients != 0
-        score = torch.where(live, logp, 0.0)
+        valid = self.coefficients != 0
+        score = torch.where(valid, logp, 0.0)
         return -self.coefficients * (1 + score - score.detach())
-
-    def observed_as(self, loss: Tensor) -> VCPOOutput:
-        """What `EssLearningRate.observe` wants: the moments, and the loss whose backward pass it watches."""
-        ess, ratio = ess_from_moments(self.moments)
-        nothing = self.log_weights.new_zeros(0)
-        return VCPOOutput(
-            loss, self.log_weights, ess, ratio, nothing, nothing, self.coefficients, self.metrics, self.moments
-        )
 
 
 def weighted_advantages(
@@ -68,13 +60,13 @@ def weighted_advantages(
     """
     check_segments(check, segments)
     max_weight = check.optional_positive_float("max_weight", max_weight)
-    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
-    wide = []
+    dtype = wide(logp.dtype)
+    given_tensors = []
     for name, value in (("logp", logp), ("behavior_logp", behavior_logp), ("advantages", advantages)):
         check.tensor(name, value, checks.FLOAT_DTYPES)
         segments.flat(check, name, value)
-        wide.append(value.detach().to(dtype).reshape(logp.shape))
-    theta, mu, given = wide
+        given_tensors.append(value.detach().to(dtype).reshape(logp.shape))
+    theta, mu, given = given_tensors
     valid = segments.lengths > 0
     log_weights = segments.sum(theta - mu).double()  # summed in float64 whatever the dtype of the tokens
     if extra_log_weights is not None:

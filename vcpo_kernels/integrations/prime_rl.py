@@ -57,7 +57,7 @@ def vcpo_loss(inputs: Any, max_weight: float | None = 8.0) -> Any:
         "Name a module of your own in import_path, with attach_to_next_optimizer() and vcpo_loss from "
         "vcpo_kernels.integrations.prime_rl in it (docs/prime_rl.md)."
     )
-    _ess_channel.publish(CHECK, result, loss, how)
+    _ess_channel.publish(WHERE, result, loss, how)
     metrics = {
         "vcpo/log_weight": result.metrics["log_weight_mean"],
         "vcpo/truncated": result.metrics["truncated_fraction"],
@@ -77,10 +77,9 @@ def _field(inputs: Any, name: str) -> torch.Tensor:
 
 def _last_step(device: torch.device) -> dict[str, torch.Tensor]:
     """ESS ratio and the factor of the rate at the last step, once there was one."""
-    for rate in _ess_channel.attached():
-        if rate.ratio is not None and rate.scale is not None:
-            return {"ess_ratio": rate.ratio.float().to(device), "lr_scale": rate.scale.float().to(device)}
-    return {}
+    if (last := _ess_channel.last_step()) is None:
+        return {}
+    return {name: value.float().to(device) for name, value in zip(("ess_ratio", "lr_scale"), last, strict=True)}
 
 
 def _loss_outputs(inputs: Any) -> Any:

@@ -72,12 +72,12 @@ def vcpo_loss(
     if logits.dim() != 3 or logits.shape[0] != 1:
         raise CHECK.value_error(f"logits must be [1, T, V], got {checks.describe(logits)}.")
     lengths = [int(n) for n in batch["response_lengths"]]
-    ids, live, positions = _layout(batch, lengths, logits)
+    ids, valid, positions = _layout(batch, lengths, logits)
     temperature = float(getattr(args, "rollout_temperature", 1.0))
-    stats = token_stats(logits, ids[None], live[None], temperature=temperature, shift=True)
+    stats = token_stats(logits, ids[None], valid[None], temperature=temperature, shift=True)
     logp, entropy = stats.logp[0, positions], stats.entropy[0, positions]
     bounds = torch.tensor([0, *lengths], device=logits.device).cumsum(0)
-    segments = Segments.packed(bounds, live[positions])
+    segments = Segments.packed(bounds, valid[positions])
     joined = {
         name: torch.cat([t.to(logits.device) for t in batch[name]]) for name in ("advantages", "rollout_log_probs")
     }
@@ -90,7 +90,7 @@ def vcpo_loss(
     coefficient = float(getattr(args, "entropy_coef", 0.0))
     loss = policy - coefficient * entropy_mean if coefficient else policy
     how = "Pass --custom-megatron-before-train-step-hook-path vcpo_kernels.integrations.slime.before_train_step."
-    _ess_channel.publish(CHECK, result, loss, how)
+    _ess_channel.publish(WHERE, result, loss, how)
     metrics = {"loss": loss, "pg_loss": policy, "entropy_loss": entropy_mean}
     for name, per_sequence in _per_sequence_metrics(result.log_weights, max_weight).items():
         metrics[name] = sum_of_sample_mean(segments.spread(per_sequence, like=logp))
@@ -105,7 +105,7 @@ def _check_arguments(args: Any) -> None:
 
 
 def _layout(batch: dict[str, Any], lengths: list[int], logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """ids [T]; live [T], the response tokens that count; positions [sum of response lengths] of all response tokens."""
+    """ids [T]; valid [T], the response tokens that count; positions [sum of response lengths] of all response tokens."""
     if not batch.get("rollout_log_probs"):
         raise CHECK.value_error(
             "batch has no rollout_log_probs, so what the sampler's policy was is not known. Have the rollout set "
@@ -119,7 +119,7 @@ def _layout(batch: dict[str, Any], lengths: list[int], logits: Tensor) -> tuple[
             "holds part of them: set context_parallel_size=1."
         )
     ids = torch.zeros(columns, dtype=torch.int64, device=device)
-    live = torch.zeros(columns, dtype=torch.bool, device=device)
+    valid = torch.zeros(columns, dtype=torch.bool, device=device)
     positions, end = [], 0
     for tokens, mask, total, length in zip(batch["unconcat_tokens"], batch["loss_masks"], totals, lengths, strict=True):
         if not 0 <= length < total:
@@ -128,9 +128,9 @@ def _layout(batch: dict[str, Any], lengths: list[int], logits: Tensor) -> tuple[
             )
         ids[end : end + total] = tokens.to(device)
         end += total
-        live[end - length : end] = CHECK.mask("loss_masks", mask.to(device))
+        valid[end - length : end] = CHECK.mask("loss_masks", mask.to(device))
         positions.append(torch.arange(end - length, end, device=device))
-    return ids, live, torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64, device=device)
+    return ids, valid, torch.cat(positions) if positions else torch.zeros(0, dtype=torch.int64, device=device)
 
 
 def _per_sequence_metrics(log_weights: Tensor, max_weight: float | None) -> dict[str, Tensor]:
@@ -142,10 +142,9 @@ def _per_sequence_metrics(log_weights: Tensor, max_weight: float | None) -> dict
         "vcpo_truncated": (usable & (log_weights > cap)).to(log_weights.dtype),
         "vcpo_nonfinite": (~usable).to(log_weights.dtype),
     }
-    for rate in _ess_channel.attached()[:1]:
-        if rate.ratio is not None and rate.scale is not None:
-            metrics["vcpo_last_step_ess_ratio"] = rate.ratio.to(log_weights).expand_as(log_weights)
-            metrics["vcpo_last_step_lr_scale"] = rate.scale.to(log_weights).expand_as(log_weights)
+    if (last := _ess_channel.last_step()) is not None:
+        for name, value in zip(("ess_ratio", "lr_scale"), last, strict=True):
+            metrics[f"vcpo_last_step_{name}"] = value.to(log_weights).expand_as(log_weights)
     return metrics
 
 

@@ -137,12 +137,11 @@ def policy_loss(
         "Set actor.optim.optimizer_impl=vcpo_kernels.integrations.verl and actor.optim.optimizer=EssAdamW, "
         "or attach(optimizer) in the worker."
     )
-    _ess_channel.publish(CHECK, result, loss, how)
+    _ess_channel.publish(WHERE, result, loss, how)
     metrics = {f"actor/vcpo_{name}": value.item() for name, value in result.metrics.items()}
-    for rate in _ess_channel.attached():
-        if rate.ratio is not None and rate.scale is not None:
-            metrics["actor/vcpo_last_step_ess_ratio"] = float(rate.ratio)
-            metrics["actor/vcpo_last_step_lr_scale"] = float(rate.scale)
+    if (last := _ess_channel.last_step()) is not None:
+        for name, value in zip(("ess_ratio", "lr_scale"), last, strict=True):
+            metrics[f"actor/vcpo_last_step_{name}"] = float(value)
     return loss, metrics
 
 

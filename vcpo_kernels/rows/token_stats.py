@@ -96,7 +96,7 @@ def token_stats(
         TokenStats, each field in the shape of token_ids.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it got, what it wants. An out-of-range id at a live position
+        TypeError, ValueError: naming the argument, what it got, what it wants. An out-of-range id at a valid position
         is a ValueError on the CPU; on a GPU its logp is NaN, which `vcpo_loss` drops and counts.
 
     >>> import torch, vcpo_kernels as vk

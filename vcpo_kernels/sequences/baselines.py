@@ -159,10 +159,10 @@ def off_policy_baseline(
     return group_baselines(rewards.detach().double(), log_a.detach(), ok, ids, count)[0].to(rewards.dtype)
 
 
-def check_rewards(check: Check, rewards: Tensor, live: Tensor) -> None:
-    """On the CPU, a reward of a live sequence that is not finite is an error."""
-    if checks.readable(rewards) and not bool((rewards.isfinite() | ~live).all()):
-        at = int((~rewards.isfinite() & live).nonzero()[0])
+def check_rewards(check: Check, rewards: Tensor, valid: Tensor) -> None:
+    """On the CPU, a reward of a valid sequence that is not finite is an error."""
+    if checks.readable(rewards) and not bool((rewards.isfinite() | ~valid).all()):
+        at = int((~rewards.isfinite() & valid).nonzero()[0])
         raise check.value_error(
             f"rewards of sequences with valid tokens must be finite, got {float(rewards[at])} at index {at}. "
             "Give failed samples a finite reward, or mask all their tokens out."

@@ -45,7 +45,7 @@ class VCPOAsyncTrainingConfig(AsyncGRPOConfig):
 
     def __post_init__(self) -> None:
         check = Check("VCPOAsyncTrainingConfig")
-        refuse_options(check, self, AsyncGRPOConfig, _BaseConfig, ASYNC_GRPO)
+        refuse_options(check.where, self, AsyncGRPOConfig, _BaseConfig, ASYNC_GRPO)
         super().__post_init__()
         check_ess(check, self)
 

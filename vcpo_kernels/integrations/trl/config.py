@@ -62,7 +62,7 @@ class VCPOTrainingConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         check = Check("VCPOTrainingConfig")
-        refuse_options(check, self, GRPOConfig, _BaseConfig, GRPO)  # before others complain of the same option
+        refuse_options(check.where, self, GRPOConfig, _BaseConfig, GRPO)  # before others complain of the same option
         super().__post_init__()
         check_ess(check, self)
         self.ess_max_weight = check.optional_positive_float("ess_max_weight", self.ess_max_weight)

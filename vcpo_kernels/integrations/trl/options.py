@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations.trl._versions import TESTED_BELOW, TESTED_FROM
 
 
@@ -117,7 +116,7 @@ ASYNC_GRPO = Options(
 _STEPLESS_OPTIMIZERS = ("lomo", "adalomo")
 
 
-def refuse_options(check: Check, args: Any, of_trl: type, inherited: type, options: Options) -> None:
+def refuse_options(where: str, args: Any, of_trl: type, inherited: type, options: Options) -> None:
     """Raise ValueError for the options of `args` that are not honoured, each by name with what it got and the reason.
 
     args: a config object. of_trl: TRL's config class, whose defaults are allowed. inherited: the class above it, whose
@@ -145,7 +144,7 @@ def refuse_options(check: Check, args: Any, of_trl: type, inherited: type, optio
     if "fsdp" in options.unset and getattr(parallelism, "tp_enabled", False):
         problems.append("parallelism_config.tp_size: the head's vocabulary would be split over ranks.")
     if problems:
-        raise ValueError(f"{check.where} does not honour these options:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{where} does not honour these options:\n  " + "\n  ".join(problems))
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

@@ -134,16 +134,16 @@ def window_of(columns: Tensor, config: WindowConfig) -> Window:
     offsets = torch.nn.functional.pad(lengths.long().cumsum(0), (1, 0))
     # The op takes tokens: here a sequence's first one bears its whole log-weight, and the others nothing.
     tokens = torch.zeros(int(offsets[-1]), dtype=torch.float32, device=columns.device)
-    live = lengths > 0
-    tokens[offsets[:-1][live]] = log_weights[live].float()
+    valid = lengths > 0
+    tokens[offsets[:-1][valid]] = log_weights[valid].float()
     results = vcpo_coefficients(
         tokens, torch.zeros_like(tokens), None, norms.float(), rewards.float(), ids, 0, len(columns),
         None, offsets, None, False,
         config.baseline_weighting, config.aggregation, config.normalize_std, config.max_weight, config.ess_max_weight,
         None, None, config.max_tokens,
     )  # fmt: skip
-    takes_part = live & (log_weights < usable_below(config.max_weight)) & rewards.isfinite()
-    k = aggregation_scale(config.aggregation, lengths, live.sum().double(), lengths.sum(), config.max_tokens)
+    takes_part = valid & (log_weights < usable_below(config.max_weight)) & rewards.isfinite()
+    k = aggregation_scale(config.aggregation, lengths, valid.sum().double(), lengths.sum(), config.max_tokens)
     return Window(results, torch.where(takes_part, k, 0.0), columns)
 
 
