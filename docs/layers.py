@@ -1,4 +1,4 @@
-"""The picture of the package's layers, drawn from its imports: `python docs/layers.py` puts it into the pages, --check compares.
+"""The picture of the package's layers, made of its imports: `python docs/layers.py` puts it into the pages, --check compares.
 
 A room is a folder or a module at the top of vcpo_kernels/. Rooms import those before them in `ROOMS` and no others
 (tests/test_layers.py). Of the arrows, those that others imply are left out.

@@ -17,24 +17,12 @@ DEVICE = torch.device(os.environ.get("VCPO_TEST_DEVICE", "cpu"))
 if DEVICE.type != "cpu":
     torch.set_default_device(DEVICE)
 
-# Left out on a GPU, by the start of their names, and why.
-CPU_ONLY = {
-    "test_errors_name": "checks read values only on a CPU",
-    "test_bad_input_is_refused": "checks read values only on a CPU",
-    "test_masks_with_weights_are_refused": "checks read values only on a CPU",
-    "test_spread_knows_its_shape": "checks read values only on a CPU",
-    "test_autocast": "enters the CPU's autocast",
-    "test_float32_under_disabled_autocast": "enters the CPU's autocast",
-    "test_opcheck": "schemas and fakes are the same on every device",
-    "test_compile": "graphs are the same on every device",
-}
-
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under VCPO_TEST_DEVICE, deselect CPU_ONLY."""
+    """Under VCPO_TEST_DEVICE, deselect what is marked cpu_only."""
     if DEVICE.type == "cpu":
         return
-    left = [item for item in items if item.name.startswith(tuple(CPU_ONLY))]
+    left = [item for item in items if item.get_closest_marker("cpu_only")]
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]

@@ -267,6 +267,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_refused_by_name(case: str) -> None:
     call, error, message = BAD_INPUT[case]

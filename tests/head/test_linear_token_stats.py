@@ -245,6 +245,7 @@ def test_mixed_dtypes_meet_where_torch_promotes(hidden: torch.dtype, weight: tor
         assert distance(got, exact) <= {torch.bfloat16: 4e-3, torch.float16: 5e-4}.get(dtype, 2e-6)
 
 
+@pytest.mark.cpu_only("enters the CPU's autocast")
 @pytest.mark.parametrize("mode", ("fast", "lean"))
 def test_autocast_casts_as_linear_does(mode: str) -> None:
     x = make(torch.float32, bias=True)
@@ -258,6 +259,7 @@ def test_autocast_casts_as_linear_does(mode: str) -> None:
         assert torch.equal(got, exact.float())
 
 
+@pytest.mark.cpu_only("enters the CPU's autocast")
 def test_float32_under_disabled_autocast_stays_float32() -> None:
     x = make(torch.float32)
     with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
@@ -292,6 +294,7 @@ def test_gradcheck(masked: bool, memory: str) -> None:
     assert torch.autograd.gradcheck(both, x.leaves())
 
 
+@pytest.mark.cpu_only("schemas and fakes are the same on every device")
 @pytest.mark.parametrize("memory", ("auto", "fast", "lean"))
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("shift", (False, True))
@@ -308,6 +311,7 @@ def test_opcheck(shift: bool, masked: bool, memory: str) -> None:
     torch.library.opcheck(torch.ops.vcpo_kernels.linear_token_stats_backward.default, backward)
 
 
+@pytest.mark.cpu_only("graphs are the same on every device")
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("memory", ("auto", "fast", "lean"))
 @pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
@@ -351,6 +355,7 @@ def test_retained_graph() -> None:
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

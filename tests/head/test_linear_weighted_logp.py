@@ -157,6 +157,7 @@ def test_masked_rows_and_minus_infinity_come_to_nothing() -> None:
     assert bool(hidden.grad.isfinite().all())
 
 
+@pytest.mark.cpu_only("enters the CPU's autocast")
 def test_autocast_and_mixed_dtypes() -> None:
     x = make(torch.float32)
     cast = replace(x, hidden=x.hidden.bfloat16(), weight=x.weight.bfloat16())
@@ -220,6 +221,7 @@ def test_gradcheck(chunk_bytes: int) -> None:
     assert torch.autograd.gradcheck(loss, (*x.leaves(), c))
 
 
+@pytest.mark.cpu_only("schemas and fakes are the same on every device")
 @pytest.mark.parametrize("masked", (False, True))
 @pytest.mark.parametrize("shift", (False, True))
 def test_opcheck(shift: bool, masked: bool) -> None:
@@ -229,6 +231,7 @@ def test_opcheck(shift: bool, masked: bool) -> None:
     torch.library.opcheck(torch.ops.vcpo_kernels.linear_weighted_logp.default, arguments)
 
 
+@pytest.mark.cpu_only("graphs are the same on every device")
 @pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
 def test_compiles_without_a_graph_break(backend: str) -> None:
     x = make(torch.float32, masked=True)
@@ -243,6 +246,7 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -29,6 +29,7 @@ def test_gradcheck(shift: bool, softcap: float | None) -> None:
     assert torch.autograd.gradcheck(both, (logits,))
 
 
+@pytest.mark.cpu_only("schemas and fakes are the same on every device")
 @pytest.mark.parametrize("shift", (False, True))
 @pytest.mark.parametrize("masked", (False, True))
 def test_opcheck(shift: bool, masked: bool) -> None:
@@ -44,6 +45,7 @@ def test_opcheck(shift: bool, masked: bool) -> None:
     torch.library.opcheck(ops.token_stats_backward_.default, (logits.detach().clone(), *rest))
 
 
+@pytest.mark.cpu_only("graphs are the same on every device")
 @pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("view", (False, True))
 def test_compiles_without_a_graph_break(backend: str, view: bool) -> None:
@@ -174,6 +176,7 @@ def test_properties(rows: int, vocabulary: int, spread: float, shift_by: int, se
 LOGITS, IDS = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

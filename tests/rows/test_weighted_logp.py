@@ -223,6 +223,7 @@ def test_gradcheck(shift: bool) -> None:
     assert torch.autograd.gradcheck(loss, (z, c))
 
 
+@pytest.mark.cpu_only("schemas and fakes are the same on every device")
 @pytest.mark.parametrize("masked", (False, True))
 def test_opcheck(masked: bool) -> None:
     logits, ids, c, mask = batch(masked=masked)
@@ -232,6 +233,7 @@ def test_opcheck(masked: bool) -> None:
     torch.library.opcheck(torch.ops.vcpo_kernels.scale_.default, (logits.detach().clone(), torch.tensor(0.5)))
 
 
+@pytest.mark.cpu_only("graphs are the same on every device")
 @pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
 def test_compiles_without_a_graph_break(backend: str) -> None:
     logits, ids, c, _ = batch()
@@ -246,6 +248,7 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

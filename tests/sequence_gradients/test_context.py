@@ -308,6 +308,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
     assert_gradients(model, want.weighted(-c))
 
 
+@pytest.mark.cpu_only("enters the CPU's autocast")
 def test_autocast_is_as_exact_as_plain_autograd_there() -> None:
     """bf16 activations, fp32 norms: no further from float64 than autograd's own bf16 gradients are."""
     model, (ids, mask) = token_model(), padded()

@@ -114,6 +114,7 @@ def test_known_coefficients_do_not_go_with_it() -> None:
         vk.linear_weighted_logp(model.features(ids), model.head.weight, ids, torch.ones(3, 5), shift=True)
 
 
+@pytest.mark.cpu_only("graphs are the same on every device")
 def test_compiled_models() -> None:
     model = token_model()
     with pytest.raises(TypeError, match=r"is compiled.*before torch.compile"):

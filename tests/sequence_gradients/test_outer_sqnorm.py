@@ -102,12 +102,14 @@ def test_the_cheaper_form_is_chosen() -> None:
     assert FormCosts(0.5, 0, 0).form(101, 100, 100) == "tile"
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 def test_errors_name_the_form() -> None:
     left, right, offsets = batch((3,), 2, 2, torch.float32)
     with pytest.raises(ValueError, match=r"form must be one of 'gram', 'tile', 'auto', got 'best'"):
         outer_sqnorm(left, right, offsets, 3, "best")
 
 
+@pytest.mark.cpu_only("schemas and fakes are the same on every device")
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form: str) -> None:
     left, right, offsets = batch((4, 3), 5, 6, torch.float32)

@@ -23,6 +23,7 @@ def arguments(kind: str, lengths: list[int] = LENGTHS) -> tuple[Tensor, tuple[Te
     return values.reshape(-1), (seg.mask, seg.offsets, seg.order)
 
 
+@pytest.mark.cpu_only("schemas and fakes are the same on every device")
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_opcheck(kind: str, requires_grad: bool) -> None:
@@ -104,6 +105,7 @@ def test_public_spread_is_the_adjoint_of_sum(kind: str) -> None:
     assert torch.autograd.gradcheck(lambda y: batch.segments.spread(y, like=x), y)
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 def test_spread_knows_its_shape_or_says_so() -> None:
     mask = torch.ones(2, 3)
     assert vk.Segments.padded(mask).spread(torch.ones(2)).shape == (2, 3)

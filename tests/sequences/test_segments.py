@@ -212,6 +212,7 @@ def test_mask_dtypes(dtype: torch.dtype) -> None:
     assert vk.Segments.indexed(ids, 2, mask).sum(tokens).tolist() == [3.0, 16.0]
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 @pytest.mark.parametrize("value", [0.5, 2.0, -1.0, math.nan], ids=str)
 def test_masks_with_weights_are_refused(value: float) -> None:
     """A weight in a mask would be rounded to 1 silently."""
@@ -353,6 +354,7 @@ BAD_INPUT = {
 }
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_refused_by_name(case: str) -> None:
     """Each error names the function and the argument, what it got and what it wants."""

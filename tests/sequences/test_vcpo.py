@@ -244,6 +244,7 @@ def test_micro_batches_of_whole_groups_sum_to_the_batch(aggregation: str) -> Non
 # --- torch.library and torch.compile ------------------------------------------------------------------------
 
 
+@pytest.mark.cpu_only("schemas and fakes are the same on every device")
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_opcheck_policy_loss(kind: str) -> None:
     layout = lay_out(kind, LENGTHS)
@@ -281,6 +282,7 @@ def check_compiled_equals_eager(backend: str, kind: str, shift: bool, dynamic: b
         torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.cpu_only("graphs are the same on every device")
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_compiled_without_graph_breaks_equals_eager(kind: str, shift: bool) -> None:

@@ -246,6 +246,7 @@ def test_bitwise_repeatable() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.cpu_only("schemas and fakes are the same on every device")
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_opcheck(kind: str) -> None:
     """Schema, fakes and AOT dispatch, with token scores and given norms, for ids and a group size."""

@@ -140,6 +140,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
+@pytest.mark.cpu_only("checks read values only on a CPU")
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_refused_by_name(case: str) -> None:
     changes, error, message = BAD_INPUT[case]
