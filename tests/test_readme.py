@@ -1,4 +1,4 @@
-"""The README's code runs as printed."""
+"""The README's code runs as printed, and docs/usage.md's after it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def test_readme_loop_runs() -> None:
-    text = Path("README.md").read_text()
+    text = Path("README.md").read_text() + Path("docs/usage.md").read_text()
     loop, head, two_phases, exact, objective = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
     class Model(torch.nn.Module):
