@@ -74,9 +74,10 @@ class VCPOConfig:
 class VCPOOutput:
     """Result of `vcpo_loss`. Everything but `loss` is detached and stays on the device.
 
-    loss: 0-d, differentiable. log_weights: L_i [B]. ess, ess_ratio: 0-d. baselines: b_g [num_groups]. advantages: A_i [B].
-    coefficients: k_i w^_i A_i [B]. metrics: 0-d tensors by name (`vcpo_coefficients.METRICS`), safe to log later.
-    ess_moments: float64 [3], what `EssLearningRate` merges over micro-batches and ranks.
+    loss: 0-d, differentiable. log_weights: [B], L_i. ess, ess_ratio: 0-d. baselines: [num_groups], b_g. advantages: [B], A_i.
+    coefficients: [B], one per sequence, k_i w^_i A_i (an objective's are one per token). metrics: 0-d tensors by name
+    (`vcpo_coefficients.METRICS`), safe to log later. ess_moments: float64 [3], what `EssLearningRate` merges over
+    micro-batches and ranks.
     """
 
     loss: Tensor
