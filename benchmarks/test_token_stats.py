@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.token_stats_cases import make_inputs, ours_backward, ours_forward, ours_inplace
+from benchmarks.cases.rows import make_inputs, ours_backward, ours_forward, ours_inplace
 
 SHAPES = ((64, 32000), (64, 151936), (4096, 128))
 

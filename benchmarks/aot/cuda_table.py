@@ -1,37 +1,18 @@
-"""What nvcc made of the CUDA kernels, and whether that still is what the committed table says. No GPU is needed.
-
-    python -m benchmarks.aot_cuda            # read, print, compare with benchmarks/results/aot_cuda.json
-    python -m benchmarks.aot_cuda --check    # the same, and exit 1 where the comparison fails
-    python -m benchmarks.aot_cuda --write    # replace the table
-
-The kernels are those of the installed extension, which holds machine code for sm_80, sm_90a and sm_100: what is checked is
-what runs. The check fails on a spill or a stack frame, on aligned row kernels without 16-byte accesses (whichever way
-they read: into registers, by cp.async or by the bulk copy engine), and, with the nvcc version that wrote the
-table, on registers more than 10% above it. Nothing here runs on a GPU or says anything of speed.
-"""
+"""The table of the CUDA kernels: read off the installed extension, and what is wrong with it."""
 
 from __future__ import annotations
 
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine_code import (
-    REGISTER_SLACK,
-    held_against,
-    options_of,
-    registers_and_shared,
-    run_tool,
-    spills,
-    widest,
-)
-from vcpo_kernels.core import registry
+from benchmarks.aot.machine_code import registers_and_shared, run_tool, spills, widest
+from benchmarks.aot.table import RESULTS, more_registers
 
-TABLE = Path(__file__).parent / "results" / "aot_cuda.json"
+TABLE = RESULTS / "aot_cuda.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 BITS = 128
 # Mangled template arguments, as the table writes them.
@@ -103,18 +84,13 @@ def _demangled(name: str) -> str:
 
 def complaints(fresh: dict[str, Any], committed: dict[str, Any]) -> list[str]:
     """Everything about a fresh table that should fail the build."""
-    found = []
+    found, same = [], fresh["nvcc"] == committed["nvcc"]
     for architecture in ARCHITECTURES:
         now, before = fresh["kernels"][architecture], committed["kernels"].get(architecture, {})
         found += [f"{architecture} {name}: gone; run with --write" for name in before if name not in now]
         for name, row in now.items():
-            found += [f"{architecture} {name}: {text}" for text in _complaints_of(name, row)]
-            if name not in before:
-                found.append(f"{architecture} {name}: not in {TABLE.name}; run with --write")
-            elif fresh["nvcc"] == committed["nvcc"] and row["registers"] > (
-                REGISTER_SLACK * (was := before[name]["registers"])
-            ):
-                found.append(f"{architecture} {name}: {row['registers']} registers, was {was}")
+            texts = [*_complaints_of(name, row), *more_registers(TABLE, row, before.get(name), same)]
+            found += [f"{architecture} {name}: {text}" for text in texts]
     return found
 
 
@@ -141,28 +117,9 @@ def report(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _nvcc_version() -> str:
+def nvcc_version() -> str:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return "not found"
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     return text.split("release ")[-1].split(",")[0]
-
-
-def main() -> int:
-    options = options_of("benchmarks.aot_cuda", __doc__)
-    problem = registry.native_problem()
-    if problem is not None:
-        sys.exit(f"benchmarks.aot_cuda: {problem}")
-    from vcpo_kernels import _native
-
-    if not _native.cuda:
-        print("the extension was built without the CUDA kernels, since there was no nvcc: nothing to check")
-        return 1 if options.check and shutil.which("nvcc") else 0
-    fresh = {"nvcc": _nvcc_version(), "kernels": measure(Path(_native.__file__))}
-    print(report(fresh))
-    return held_against(TABLE, fresh, "nvcc", complaints, options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

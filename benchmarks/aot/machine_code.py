@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
-
-REGISTER_SLACK = 1.10
 
 
 @dataclass(frozen=True)
@@ -52,34 +46,3 @@ def widest(sass: str, instruction: str) -> int:
     suffixes = re.findall(rf"\b{instruction}((?:\.\w+)*)", sass)
     bits = (re.search(r"\.(?:[US])?(8|16|64|128|256)\b", s) for s in suffixes)
     return max((int(b[1]) if b else 32 for b in bits), default=0)
-
-
-def options_of(module: str, doc: str | None) -> argparse.Namespace:
-    """--check and --write, which both tables' commands have."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(doc or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="exit 1 where a kernel is worse than the committed table")
-    parser.add_argument("--write", action="store_true", help="replace the committed table")
-    return parser.parse_args()
-
-
-def held_against(
-    path: Path,
-    fresh: dict[str, Any],
-    compiler: str,
-    complaints: Callable[[dict[str, Any], dict[str, Any]], list[str]],
-    options: argparse.Namespace,
-) -> int:
-    """Print what is wrong with a fresh table beside the committed one, written first where asked; the exit status.
-
-    compiler: the key of both tables under which the version stands that made them.
-    """
-    if options.write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(fresh, indent=1, sort_keys=True) + "\n")
-    committed = json.loads(path.read_text())
-    found = complaints(fresh, committed)
-    equal = fresh[compiler] == committed[compiler]
-    same = "registers compared" if equal else f"another {compiler}: registers not compared"
-    print(f"\nagainst {path.name} ({compiler} {committed[compiler]}, {same}): {len(found)} complaints")
-    print("\n".join(found))
-    return 1 if options.check and found else 0

@@ -1,13 +1,10 @@
-"""What the fused head's benchmark compares: our memory modes, eager torch with whole logits, and what users take instead.
+"""The fused head, forward and backward of sum(g * logp): inputs, our ways to do it, its bare GEMMs, and float64.
 
-Each case runs forward and backward of sum(g * logp) and returns (d hidden, d weight); weight's is None where it is
-frozen. Peers give no score norm; they are called through the functions that their own trainers call.
+Each case gives (d hidden, d weight); weight's is None where it is frozen.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,12 +12,18 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
+from benchmarks.cases.case import Case
+from benchmarks.harness import verify
+
+HEAD = "fused head, forward + backward"
+# A result that is not right is not timed. bf16: what rounding the logits costs, three times over. Of ours and peers'.
+ERROR_BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 5e-6}
 
 Gradients = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class LinearInputs:
+class HeadInputs:
     """hidden [N, H], weight [V, H], token_ids [N], mask [N] or None, and the upstream gradient to logp [N]."""
 
     hidden: Tensor
@@ -33,126 +36,25 @@ class LinearInputs:
         return self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
 
 
-@dataclass(frozen=True)
-class LinearCase:
-    """One competitor. bare: the GEMMs of size N V H that it is held against. needs: a package it is made of."""
-
-    name: str
-    run: Callable[[LinearInputs], Gradients]
-    bare: int
-    needs: str | None = None
-    masked: bool = False
-
-    def missing(self) -> str | None:
-        """Why it cannot run here, or None."""
-        try:
-            importlib.import_module(self.needs or "torch")
-        except Exception as error:  # a package for another torch or device raises anything
-            return f"{type(error).__name__}: {error}"
-        return None
-
-
-def ours(x: LinearInputs, memory: str = "auto") -> Gradients:
-    hidden, weight = x.leaves()
-    logp = vk.linear_token_stats(hidden, weight, x.token_ids, mask=x.mask, memory=memory).logp
-    d_hidden, d_weight = torch.autograd.grad(logp, (hidden, weight), x.g)
-    return d_hidden, d_weight
-
-
-def ours_frozen(x: LinearInputs) -> Gradients:
-    hidden = x.hidden.detach().requires_grad_()
-    logp = vk.linear_token_stats(hidden, x.weight.detach(), x.token_ids).logp
-    return torch.autograd.grad(logp, hidden, x.g)[0], None
-
-
-def ours_weighted(x: LinearInputs) -> Gradients:
-    hidden, weight = x.leaves()
-    loss, _ = vk.linear_weighted_logp(hidden, weight, x.token_ids, x.g)
-    d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
-    return d_hidden, d_weight
-
-
-def _from_logp(x: LinearInputs, logp_of: Callable[[Tensor, Tensor], Tensor]) -> Gradients:
-    hidden, weight = x.leaves()
-    logp = logp_of(hidden, weight)
-    d_hidden, d_weight = torch.autograd.grad(logp, (hidden, weight), x.g.to(logp.dtype))
-    return d_hidden, d_weight
-
-
-def _eager_logp(token_ids: Tensor, upcast: bool, hidden: Tensor, weight: Tensor) -> Tensor:
-    logits = hidden @ weight.T
-    return torch.log_softmax(logits.float() if upcast else logits, -1).gather(-1, token_ids[:, None])[:, 0]
-
-
-def eager(x: LinearInputs, upcast: bool) -> Gradients:
-    return _from_logp(x, partial(_eager_logp, x.token_ids, upcast))
-
-
-_compiled_logp = torch.compile(lambda ids, hidden, weight: _eager_logp(ids, True, hidden, weight), dynamic=False)
-
-
-def compiled(x: LinearInputs) -> Gradients:
-    return _from_logp(x, lambda hidden, weight: _compiled_logp(x.token_ids, hidden, weight))
-
-
-def trl(x: LinearInputs) -> Gradients:
-    """TRL's fused LM head (`trl.trainer.utils.add_fused_lm_head`): its function, at its chunk size."""
-    from trl.kernels import ChunkedLogProbFunction
-
-    arguments = (None, x.token_ids, 1.0, 32768, None, 1.0, ())
-    return _from_logp(x, lambda hidden, weight: ChunkedLogProbFunction.apply(hidden, weight, *arguments)[0])
-
-
-def liger(x: LinearInputs) -> Gradients:
-    """The chunked log-probabilities under Liger's fused linear GRPO and PPO losses, at their chunk size."""
-    from liger_kernel.chunked_loss import fused_linear_ppo
-
-    function = fused_linear_ppo._ChunkedSelectiveLogProbFunction
-    return _from_logp(x, lambda hidden, weight: function.apply(hidden, weight, x.token_ids, None, 1.0, 4096))
-
-
-def cut_cross_entropy(x: LinearInputs) -> Gradients:
-    """Its kernel on a GPU; on a CPU the implementation it falls back to."""
-    from cut_cross_entropy import linear_cross_entropy
-
-    impl = "cce" if x.hidden.is_cuda else "torch_compile"
-    return _from_logp(
-        x, lambda hidden, weight: -linear_cross_entropy(hidden, weight, x.token_ids, reduction="none", impl=impl)
-    )
-
-
-CASES = (
-    LinearCase("vcpo_kernels, fast", partial(ours, memory="fast"), 3),
-    LinearCase("vcpo_kernels, lean", partial(ours, memory="lean"), 4),
-    LinearCase("vcpo_kernels, fast, half masked", partial(ours, memory="fast"), 3, masked=True),
-    LinearCase("vcpo_kernels, lean, half masked", partial(ours, memory="lean"), 4, masked=True),
-    LinearCase("vcpo_kernels, frozen weight", ours_frozen, 2),
-    LinearCase("vcpo_kernels, linear_weighted_logp", ours_weighted, 3),
-    LinearCase("torch eager", partial(eager, upcast=False), 3),
-    LinearCase("torch eager, fp32 softmax", partial(eager, upcast=True), 3),
-    LinearCase("torch.compile, fp32 softmax", compiled, 3),
-    LinearCase("cut_cross_entropy", cut_cross_entropy, 3, needs="cut_cross_entropy"),
-    LinearCase("TRL fused head", trl, 4, needs="trl.kernels"),
-    LinearCase("Liger chunked logp", liger, 4, needs="liger_kernel.chunked_loss.fused_linear_ppo"),
-)
-
-
-def make_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> LinearInputs:
+def make_inputs(rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> HeadInputs:
     """Logits of standard deviation 3, about as peaked as a language model's; g as a mean over tokens has it."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, width, generator=generator)
-    weight = torch.randn(vocabulary, width, generator=generator).mul_(3 / width**0.5)
-    token_ids = torch.randint(0, vocabulary, (rows,), generator=generator)
-    g = torch.randn(rows, generator=generator) / rows
-    return LinearInputs(hidden.to(device, dtype), weight.to(device, dtype), token_ids.to(device), None, g.to(device))
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator, device=device).to(dtype)
+    weight = torch.randn(vocabulary, width, generator=generator, device=device).mul_(3 / width**0.5).to(dtype)
+    token_ids = torch.randint(0, vocabulary, (rows,), generator=generator, device=device)
+    g = torch.randn(rows, generator=generator, device=device) / rows
+    return HeadInputs(hidden, weight, token_ids, None, g)
 
 
-def half_masked(x: LinearInputs) -> LinearInputs:
+def half_masked(x: HeadInputs) -> HeadInputs:
     """Every second token left out."""
     return replace(x, mask=torch.arange(len(x.token_ids), device=x.g.device) % 2 == 0)
 
 
-def oracle(x: LinearInputs, rows: int = 64) -> tuple[Tensor, Tensor]:
+# --- float64 ---------------------------------------------------------------------------------------------------------
+
+
+def oracle(x: HeadInputs, rows: int = 64) -> tuple[Tensor, Tensor]:
     """d hidden and d weight in float64, a few rows at a time."""
     weight, d_hidden = x.weight.double(), torch.empty_like(x.hidden, dtype=torch.float64)
     d_weight = torch.zeros_like(weight)
@@ -167,19 +69,59 @@ def oracle(x: LinearInputs, rows: int = 64) -> tuple[Tensor, Tensor]:
     return d_hidden, d_weight
 
 
-def relative_error(got: Gradients, want: tuple[Tensor, Tensor]) -> float:
+def gradients_error(got: Gradients, want: tuple[Tensor, Tensor]) -> float:
     """The larger relative L2 error of the two gradients; only d hidden's where the weight is frozen."""
-    pairs = [(a, b) for a, b in zip(got, want, strict=True) if a is not None]
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
+    return max(verify.relative_error(a, b) for a, b in zip(got, want, strict=True) if a is not None)
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def ours(x: HeadInputs, memory: str) -> Gradients:
+    hidden, weight = x.leaves()
+    logp = vk.linear_token_stats(hidden, weight, x.token_ids, mask=x.mask, memory=memory).logp
+    d_hidden, d_weight = torch.autograd.grad(logp, (hidden, weight), x.g)
+    return d_hidden, d_weight
+
+
+def ours_frozen(x: HeadInputs) -> Gradients:
+    hidden = x.hidden.detach().requires_grad_()
+    logp = vk.linear_token_stats(hidden, x.weight.detach(), x.token_ids).logp
+    return torch.autograd.grad(logp, hidden, x.g)[0], None
+
+
+def ours_weighted(x: HeadInputs) -> Gradients:
+    hidden, weight = x.leaves()
+    loss, _ = vk.linear_weighted_logp(hidden, weight, x.token_ids, x.g)
+    d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
+    return d_hidden, d_weight
+
+
+FAST = Case("vcpo_kernels, fast", HEAD, partial(ours, memory="fast"), gradients_error, op="score_rows", gemms=3)
+LEAN = Case("vcpo_kernels, lean", HEAD, partial(ours, memory="lean"), gradients_error, op="score_rows", gemms=4)
+CASES = (
+    FAST,
+    LEAN,
+    *(replace(case, name=f"{case.name}, half masked", masked=True) for case in (FAST, LEAN)),
+    Case("vcpo_kernels, frozen weight", HEAD, ours_frozen, gradients_error, gemms=2),
+    Case("vcpo_kernels, linear_weighted_logp", HEAD, ours_weighted, gradients_error, gemms=3),
+)
+
+
+# --- what no head can do without -------------------------------------------------------------------------------------
 
 
 class BareGemms:
     """The GEMMs of a head alone: logits, d hidden, d weight, into memory that is already there."""
 
-    def __init__(self, x: LinearInputs) -> None:
+    def __init__(self, x: HeadInputs) -> None:
         self.x = x
         self.logits = torch.empty(len(x.hidden), len(x.weight), dtype=x.hidden.dtype, device=x.hidden.device)
         self.d_hidden, self.d_weight = torch.empty_like(x.hidden), torch.empty_like(x.weight)
+
+    @staticmethod
+    def name(gemms: int) -> str:
+        return f"{gemms} bare GEMMs"
 
     def forward(self) -> None:
         torch.mm(self.x.hidden, self.x.weight.T, out=self.logits)

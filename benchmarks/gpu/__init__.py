@@ -2,6 +2,6 @@
 
     python -m benchmarks.gpu --out FOLDER [--dry-run]
 
-`plan.py` says what runs and for how long, `phases.py` runs it, `bench.py` measures, `targets.py` holds the figures that
-must be reached, `report.py` writes what came of it. docs/gpu.md is the manual.
+`plan.py` says what runs and for how long, `phases.py` runs it, `bench.py` measures by the `jobs`, `targets.py` holds the
+figures that must be reached. benchmarks/report writes what came of it. docs/gpu.md is the manual.
 """

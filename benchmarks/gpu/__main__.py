@@ -7,9 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu import phases, pictures, report
+from benchmarks.cases.rows import GRID
+from benchmarks.gpu import phases, targets
 from benchmarks.gpu.plan import DRY, GPU, Plan
-from benchmarks.gpu.results import ResultLog
+from benchmarks.harness.results import ResultLog
+from benchmarks.report import gpu_plots, gpu_run
 
 OUTPUTS = ("results.jsonl", "results.csv", "report.md", "environment.json", "tests.log", "sanitizer.log", "run.log",
            "plots.png")  # fmt: skip
@@ -27,14 +29,27 @@ def run(plan: Plan, out: Path) -> bool:
         outcome = phases.run_phase(phase, place, until - time.monotonic())
         log.add("phase", phase=phase.name, status=outcome.status, seconds=round(outcome.seconds, 1), tail=outcome.tail)
         print(f"{phase.name}: {outcome.status} after {outcome.seconds:.0f} s", flush=True)
-        report.write(out, plan)
+        write_report(out, plan)
     try:
-        pictures.draw(out, plan)
+        works = [case.work for case in GRID]
+        gpu_plots.draw(out, plan.headline.fields(), works, plan.backends, plan.dry)
     except Exception as error:  # a picture is not worth a run's results
         print(f"no plots.png: {type(error).__name__}: {error}")
-    text, clean = report.summary(out, plan)
+    text, clean = summary(out, plan)
     print(text)
     return clean
+
+
+def write_report(out: Path, plan: Plan) -> None:
+    """report.md and results.csv from results.jsonl as it stands."""
+    gpu_run.write(out, targets.table(gpu_run.rows_of(out), plan), plan.dry)
+
+
+def summary(out: Path, plan: Plan) -> tuple[str, bool]:
+    """A short text for the terminal, and whether nothing failed."""
+    rows = gpu_run.rows_of(out)
+    judged = [f"targets: {targets.counts(rows, plan)}", *targets.table(rows, plan)]
+    return gpu_run.summary(out, judged, plan.dry)
 
 
 def main() -> None:

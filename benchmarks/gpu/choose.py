@@ -1,4 +1,4 @@
-"""Entries for vcpo_kernels/backends/measured.py from a result file: python -m benchmarks.gpu.choose RESULTS_FOLDER.
+"""Entries for vcpo_kernels/core/measured.py from a result file: python -m benchmarks.gpu.choose RESULTS_FOLDER.
 
 CUDA wins a width where it was faster than Triton at some number of rows by more than both spreads, and slower by more than
 them at none. Neighbouring widths that it won are one range: nothing is claimed beyond the widths that were measured.
@@ -11,12 +11,12 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.gpu import row_cases
-from benchmarks.gpu.results import NAME, Row, read
+from benchmarks.cases.rows import BACKWARD, FORWARD, SCORE
+from benchmarks.harness.results import NAME, Row, read
 from vcpo_kernels.core.measured import Win
 
 # What decides for an op. A forward and its backward are served by one choice, and must both gain or stay.
-WORKS = {"token_stats": (row_cases.FORWARD, row_cases.BACKWARD), "score_rows": (row_cases.SCORE,)}
+WORKS = {"token_stats": (FORWARD, BACKWARD), "score_rows": (SCORE,)}
 CHALLENGER, HOLDER = "cuda", "triton"
 
 

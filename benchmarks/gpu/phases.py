@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu.plan import Phase, Plan
+from benchmarks.gpu.plan import BROKEN, Phase, Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "timed out", "not run"
@@ -60,7 +60,7 @@ class Workplace:
         env["PYTHONUNBUFFERED"] = "1"
         if self.plan.builds:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(self.site), env.get("PYTHONPATH")]))
-        env["GPU_TEST_DEVICE" if self.plan.device == "cpu" else "VCPO_TEST_DEVICE"] = self.plan.device
+        env["GPU_TEST_DEVICE" if self.plan.dry else "VCPO_TEST_DEVICE"] = self.plan.device
         return env
 
     def stage(self) -> None:
@@ -146,8 +146,6 @@ def has_module(name: str) -> bool:
 
 def run_phase(phase: Phase, place: Workplace, left: float) -> Outcome:
     """One phase, again for as long as a benchmark part says that an error took the device from it."""
-    from benchmarks.gpu.results import BROKEN
-
     until = time.monotonic() + (left if phase.takes_rest else min(phase.seconds, left))
     # The build runs from the source; everything else where its results are.
     while True:

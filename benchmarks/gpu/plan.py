@@ -5,38 +5,10 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
+from benchmarks.cases.shapes import SequenceShape, Shape
+
 TOTAL_SECONDS = 525.0  # of the nine minutes; the rest is for writing the report and for what starts and ends around it
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Rows N of V logits."""
-
-    rows: int
-    vocabulary: int
-    dtype: str
-
-    @property
-    def element_size(self) -> int:
-        return 4 if self.dtype == "float32" else 2
-
-    @property
-    def bytes(self) -> int:
-        """NV: one pass over the logits."""
-        return self.rows * self.vocabulary * self.element_size
-
-
-@dataclass(frozen=True)
-class SequenceShape:
-    """B sequences of T tokens, in groups of G."""
-
-    batch: int
-    length: int
-    group: int
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
+BROKEN = 3  # exit status of a part that an error took the device from
 
 
 @dataclass(frozen=True)
@@ -79,8 +51,10 @@ class Plan:
     sanitizers: tuple[str, ...]
     builds: bool
 
-    def phase(self, name: str) -> Phase:
-        return next(p for p in self.phases if p.name == name)
+    @property
+    def dry(self) -> bool:
+        """Whether it says nothing of a GPU."""
+        return self.device == "cpu"
 
 
 VOCABULARIES = (151936, 128256, 262144, 49152, 32000)

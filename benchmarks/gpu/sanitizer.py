@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.gpu.plan import PLANS, Plan, Shape
+from benchmarks.cases.shapes import Shape
+from benchmarks.gpu.plan import PLANS, Plan
 
 ERROR_STATUS = 9
 # Odd and even widths, several blocks, and a row that spans a cluster. Racecheck follows every shared-memory access.
@@ -25,20 +26,20 @@ def run_kernels(plan: Plan) -> None:
     import torch
 
     import vcpo_kernels as vk
-    from benchmarks.gpu import row_cases, sequence_cases
-    from benchmarks.gpu.bench import objections
+    from benchmarks.cases import rows, sequences
+    from benchmarks.gpu.jobs.workbench import objections
 
     device = torch.device(plan.device)
     for shape in SHAPES:
-        x = row_cases.make_inputs(shape, device)
+        x = rows.make_inputs_in_parts(shape, device)
         for backend in plan.backends:
             if objections(plan, backend, "token_stats", x.logits.dtype):
                 continue
-            for case in row_cases.CASES:
+            for case in rows.CASES:
                 copy = type(x)(x.logits.clone(), x.token_ids, x.g)
                 with vk.use_backend(backend):
                     case.run(copy)
-    sequence_cases.make_sequences(plan.small, device).coefficients()
+    sequences.make_sequences(plan.small, device).coefficients()
     if device.type == "cuda":
         torch.cuda.synchronize()
     print("kernels done")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.gpu import peers, row_cases, sequence_cases
-from benchmarks.gpu.head_cases import HEAD
+from benchmarks.cases import rows as row_cases
+from benchmarks.cases import rows_peers, sequences
+from benchmarks.cases.head import HEAD
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.results import Row
+from benchmarks.harness.results import Row
 
 REACHED, MISSED, NOT_MEASURED = "reached", "missed", "not measured"
 DRY_RUN = "dry run"  # a value, and no figure
@@ -44,9 +46,7 @@ def _times(rows: list[Row], plan: Plan, work: str) -> list[Row]:
     timed = [r for r in rows if r["kind"] == "time" and r["work"] == work]
     if any("batch" in r for r in timed):
         return timed
-    shape = plan.headline
-    at = (shape.rows, shape.vocabulary, shape.dtype)
-    return [r for r in timed if (r["rows"], r["vocabulary"], r["dtype"]) == at]
+    return [r for r in timed if plan.headline.fields().items() <= r.items()]
 
 
 def best(work: str, field: str, most: bool = False, ending: str = "") -> Callable[[list[Row], Plan], Measured | None]:
@@ -84,7 +84,7 @@ def thousandfold(find: Callable[[list[Row], Plan], Measured | None]) -> Callable
 
 def captured(rows: list[Row], plan: Plan) -> Measured | None:
     """1 where a replayed graph gave what the call gave, 0 where it failed."""
-    tried = [r for r in rows if r.get("work") == sequence_cases.GRAPH and r["kind"] in ("time", "failure")]
+    tried = [r for r in rows if r.get("work") == sequences.GRAPH and r["kind"] in ("time", "failure")]
     return Measured(float(tried[-1]["kind"] == "time"), tried[-1]["name"]) if tried else None
 
 
@@ -94,18 +94,33 @@ TARGETS = (
     Target(row_cases.FORWARD, "ms", 0.85, True, best(row_cases.FORWARD, "median_ms")),
     Target(row_cases.BACKWARD, f"{COPY}, 3 NV", 0.90, False, best(row_cases.BACKWARD, "of_copy", most=True)),
     Target(row_cases.BACKWARD, "times Liger's sequence path", 1.3, False,
-           times_faster(row_cases.BACKWARD, peers.LIGER_SEQUENCE)),
+           times_faster(row_cases.BACKWARD, rows_peers.LIGER_SEQUENCE)),
     Target(row_cases.SCORE, f"{COPY}, 2 NV", 0.85, False, best(row_cases.SCORE, "of_copy", most=True)),
     Target(f"{HEAD}, fast", "times three bare GEMMs", 1.10, True, best(HEAD, "of_bare", ending=", fast")),
     Target(f"{HEAD}, lean", "times four bare GEMMs", 1.10, True, best(HEAD, "of_bare", ending=", lean")),
-    Target(sequence_cases.COEFFICIENTS, "us", 40, True, thousandfold(best(sequence_cases.COEFFICIENTS, "median_ms"))),
-    Target(sequence_cases.LAUNCH, "us of the host", 60, True, best(sequence_cases.LAUNCH, "host_us")),
-    Target(sequence_cases.GRAPH, "captured and replayed", 1, False, captured),
+    Target(sequences.COEFFICIENTS, "us", 40, True, thousandfold(best(sequences.COEFFICIENTS, "median_ms"))),
+    Target(sequences.LAUNCH, "us of the host", 60, True, best(sequences.LAUNCH, "host_us")),
+    Target(sequences.GRAPH, "captured and replayed", 1, False, captured),
 )  # fmt: skip
 
 
 def evaluate(rows: list[Row], plan: Plan) -> list[tuple[Target, Measured | None, str]]:
     """Every target with what was measured and whether that reaches it."""
     found = [(t, t.find(rows, plan)) for t in TARGETS]
-    dry = plan.device == "cpu"
-    return [(t, m, DRY_RUN if dry and m else t.status(m)) for t, m in found]
+    return [(t, m, DRY_RUN if plan.dry and m else t.status(m)) for t, m in found]
+
+
+def table(rows: list[Row], plan: Plan) -> list[str]:
+    """The verdicts as Markdown."""
+    lines = ["| work | | required | measured | by | |", "|---|---|---:|---:|---|---|"]
+    for t, m, status in evaluate(rows, plan):
+        sign = "<=" if t.at_most else ">="
+        value, name = (f"{m.value:.4g}", m.name) if m else ("", "")
+        lines.append(f"| {t.work} | {t.quantity} | {sign} {t.required:g} | {value} | {name} | {status} |")
+    return lines
+
+
+def counts(rows: list[Row], plan: Plan) -> str:
+    """How many are reached, in words."""
+    found = Counter(status for *_, status in evaluate(rows, plan))
+    return ", ".join(f"{found[status]} {status}" for status in (REACHED, MISSED, NOT_MEASURED))

@@ -1,14 +1,21 @@
-"""environment.json: device, driver, compilers and versions, each probe guarded."""
+"""What machine it was: device, driver, compilers and versions, each probe guarded.
+
+`make gpu` asks before the package is built, so nothing is imported before it is needed.
+"""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import platform
+import re
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    import torch
+
+ENVIRONMENT = "environment.txt"
 PACKAGES = ("torch", "triton", "numpy", "pytest", "hypothesis", "transformers", "liger-kernel", "quack-kernels",
             "cut-cross-entropy", "flash-attn")  # fmt: skip
 COMMANDS = {
@@ -48,22 +55,33 @@ def devices() -> list[dict[str, object]]:
     return found
 
 
-def main() -> None:
-    """Write environment.json to --out."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--plan", default="gpu")
-    options = parser.parse_args()
-    report = {
-        "plan": options.plan,
+def description() -> dict[str, object]:
+    """Everything that environment.json says besides the plan."""
+    return {
         "python": platform.python_version(),
         "devices": devices(),
         "packages": {p: version_of(p) for p in PACKAGES},
         **{name: output_of(command) for name, command in COMMANDS.items()},
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "environment.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def environment() -> str:
+    """environment.txt, as the package itself reports it."""
+    from vcpo_kernels import env
+
+    return "".join(f"{name}: {value}\n" for name, value in env.report())
+
+
+def read_environment(folder: Path) -> dict[str, str]:
+    """A committed environment.txt by name."""
+    return dict(line.split(": ", 1) for line in (folder / ENVIRONMENT).read_text().splitlines())
+
+
+def slug(device: torch.device) -> str:
+    """A folder name for the machine: its GPU, or its CPU with the instruction set."""
+    import torch
+
+    from vcpo_kernels import env
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else dict(env.report())["cpu"].split(",")[0]
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

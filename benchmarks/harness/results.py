@@ -1,4 +1,4 @@
-"""The result file: JSON lines, each written and flushed when it is known, so that a kill leaves what was measured."""
+"""Result files. Of `make gpu`: JSON lines, each flushed when it is known, so that a kill leaves what was measured."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import machine
+
 Row = dict[str, Any]
 
+RESULTS = Path("benchmarks/results")  # committed, a folder per machine
 NAME = "results.jsonl"
-BROKEN = 3  # exit status of a part that an error took the device from
 # What makes a measurement the same one: a process that starts again does not repeat it.
 KEY = ("work", "name", "rows", "vocabulary", "dtype")
 # Rows are of these kinds. "time": verified and timed. "failure": wrong, or raised. "left out": not run, with the reason.
@@ -70,3 +72,11 @@ def write_csv(rows: Iterable[Row], path: Path) -> None:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_files(rows: list[Row], folder: Path, name: str) -> None:
+    """A finished comparison: JSON lines, CSV, and the environment that it ran in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_csv(rows, folder / f"{name}.csv")
+    (folder / machine.ENVIRONMENT).write_text(machine.environment())

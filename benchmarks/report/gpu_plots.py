@@ -2,47 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import row_cases
-from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.results import Row, read
+from benchmarks.harness.results import NAME, Row, read
 
 COLORS = ("#0b6e4f", "#0b6ecf", "#d1495b", "#9aa5b1")
-GRID = (row_cases.FORWARD, row_cases.BACKWARD, row_cases.SCORE)
 
 
-def draw(out: Path, plan: Plan) -> None:
-    """One figure of what was timed; none where nothing was."""
-    timed = [r for r in read(out / "results.jsonl") if r["kind"] == "time"]
-    if not any(r["work"] in GRID for r in timed):
+def draw(out: Path, headline: Row, works: Sequence[str], backends: Sequence[str], dry: bool) -> None:
+    """One figure of what was timed, a column per work; none where nothing was. headline: rows, vocabulary and dtype."""
+    timed = [r for r in read(out / NAME) if r["kind"] == "time"]
+    if not any(r["work"] in works for r in timed):
         return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(GRID), figsize=(5.2 * len(GRID), 7), squeeze=False)
-    for column, work in enumerate(GRID):
+    figure, axes = plt.subplots(2, len(works), figsize=(5.2 * len(works), 7), squeeze=False)
+    for column, work in enumerate(works):
         of_work = [r for r in timed if r["work"] == work]
-        by_width(axes[0][column], [r for r in of_work if r["dtype"] == plan.headline.dtype], plan)
+        by_width(axes[0][column], [r for r in of_work if r["dtype"] == headline["dtype"]], backends)
         axes[0][column].set_title(work, fontsize=10)
-        at = (plan.headline.rows, plan.headline.vocabulary, plan.headline.dtype)
-        bars(axes[1][column], [r for r in of_work if (r["rows"], r["vocabulary"], r["dtype"]) == at])
-    shape = plan.headline
-    dry = "DRY RUN, no GPU figure. " if plan.device == "cpu" else ""
+        bars(axes[1][column], [r for r in of_work if headline.items() <= r.items()])
     figure.suptitle(
-        f"{dry}Share of a copy's bandwidth by width at {shape.dtype}; ms at N={shape.rows} V={shape.vocabulary}"
+        f"{'DRY RUN, no GPU figure. ' * dry}Share of a copy's bandwidth by width at {headline['dtype']}; "
+        f"ms at N={headline['rows']} V={headline['vocabulary']}"
     )
     figure.tight_layout()
     figure.savefig(out / "plots.png", dpi=110)
     plt.close(figure)
 
 
-def by_width(axis: Any, rows: list[Row], plan: Plan) -> None:
+def by_width(axis: Any, rows: list[Row], backends: Sequence[str]) -> None:
     """A line per backend and number of rows."""
-    for color, backend in zip(COLORS, plan.backends, strict=False):
+    for color, backend in zip(COLORS, backends, strict=False):
         for count in sorted({r["rows"] for r in rows}):
             line = sorted((r["vocabulary"], r["of_copy"]) for r in rows
                           if r["name"] == backend and r["rows"] == count and "of_copy" in r)  # fmt: skip

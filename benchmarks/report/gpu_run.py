@@ -1,4 +1,7 @@
-"""report.md, results.csv and the summary: failures first, then targets, then everything that was measured."""
+"""A run of `make gpu` as text: report.md and the summary (failures, then targets, then everything), and the README's table.
+
+Targets come as lines: what must be reached is no business of a report.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.results import Row, read, write_csv
-from benchmarks.gpu.targets import MISSED, NOT_MEASURED, REACHED, evaluate
+from benchmarks.harness.results import NAME, Row, read, write_csv
 
 NO_FIGURE = "This was a dry run on a CPU at sizes that say nothing. No figure of it is a GPU figure; do not commit it."
 TEST_LINE = re.compile(r"\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
@@ -52,15 +54,6 @@ def title(r: Row) -> str:
     return f"{r['work']}, {r['name']}, N={r.get('rows')} V={r.get('vocabulary')} {r.get('dtype')}"
 
 
-def target_table(rows: list[Row], plan: Plan) -> list[str]:
-    lines = ["| work | | required | measured | by | |", "|---|---|---:|---:|---|---|"]
-    for t, m, status in evaluate(rows, plan):
-        sign = "<=" if t.at_most else ">="
-        value, name = (f"{m.value:.4g}", m.name) if m else ("", "")
-        lines.append(f"| {t.work} | {t.quantity} | {sign} {t.required:g} | {value} | {name} | {status} |")
-    return lines
-
-
 def result_tables(rows: list[Row]) -> list[str]:
     """One table per kind of work."""
     timed = [r for r in rows if r["kind"] == "time"]
@@ -93,17 +86,21 @@ def bullets(lines: list[str]) -> list[str]:
     return [f"- {line}" for line in lines[:SHOWN]] + more or ["None."]
 
 
-def write(out: Path, plan: Plan) -> None:
+def rows_of(out: Path) -> list[Row]:
+    return read(out / NAME)
+
+
+def write(out: Path, targets: list[str], dry: bool) -> None:
     """report.md and results.csv from results.jsonl as it stands."""
-    rows = read(out / "results.jsonl")
+    rows = rows_of(out)
     write_csv(rows, out / "results.csv")
     environment = out / "environment.json"
     devices = json.loads(environment.read_text())["devices"] if environment.exists() else []
     counts = ", ".join(f"{n} {name.lower()}" for name, n in sorted(test_counts(out)[0].items())) or "none ran"
     lines = ["# GPU run", ""]
-    if plan.device == "cpu":
+    if dry:
         lines += [f"**{NO_FIGURE}**", ""]
-    lines += ["## Failures", "", *bullets(failures(rows, out)), "", "## Targets", "", *target_table(rows, plan), ""]
+    lines += ["## Failures", "", *bullets(failures(rows, out)), "", "## Targets", "", *targets, ""]
     lines += ["## Phases", ""]
     lines += [f"- {r['phase']}: {r['status']}, {r['seconds']} s" for r in rows if r["kind"] == "phase"]
     lines += [f"- tests: {counts}", "", "## Left out", "", *bullets(left_out(rows)), ""]
@@ -111,15 +108,49 @@ def write(out: Path, plan: Plan) -> None:
     (out / "report.md").write_text("\n".join(lines))
 
 
-def summary(out: Path, plan: Plan) -> tuple[str, bool]:
+def summary(out: Path, targets: list[str], dry: bool) -> tuple[str, bool]:
     """A short text for the terminal, and whether nothing failed."""
-    rows = read(out / "results.jsonl")
-    failed = failures(rows, out)
-    judged = evaluate(rows, plan)
-    status = Counter(s for *_, s in judged)
-    lines = [NO_FIGURE] if plan.device == "cpu" else []
-    lines += [f"failures: {len(failed)}", *bullets([line[:200] for line in failed[:15]]), ""]
-    lines += [f"targets: {status[REACHED]} reached, {status[MISSED]} missed, "
-              f"{status[NOT_MEASURED]} not measured", *target_table(rows, plan), "",
-              f"report: {out / 'report.md'}"]  # fmt: skip
+    failed = failures(rows_of(out), out)
+    lines = [NO_FIGURE] if dry else []
+    lines += [f"failures: {len(failed)}", *bullets([line[:200] for line in failed[:15]]), "", *targets, ""]
+    lines += [f"report: {out / 'report.md'}"]
     return "\n".join(lines)[:12000], not failed
+
+
+# --- committed runs --------------------------------------------------------------------------------------------------
+
+
+def folders(results: Path) -> list[Path]:
+    """Folders of `results` that hold a run of `make gpu`."""
+    return sorted(p.parent for p in results.glob(f"*/{NAME}"))
+
+
+def environment_of(folder: Path, plan: str) -> dict[str, Any]:
+    environment: dict[str, Any] = json.loads((folder / "environment.json").read_text())
+    if environment["plan"] != plan or not environment["devices"]:
+        raise ValueError(
+            f"{folder} is no run on a GPU (plan {environment['plan']!r}): it does not belong among the results."
+        )
+    return environment
+
+
+def markdown(folder: Path, plan: str, headline: Row, targets: list[str]) -> str:
+    """Targets and headline times of one run. headline: rows, vocabulary and dtype."""
+    environment = environment_of(folder, plan)
+    packages = environment["packages"]
+    lines = [
+        f"{environment['devices'][0]['name']}, torch {packages['torch']}, triton {packages['triton']}; "
+        f"N={headline['rows']}, V={headline['vocabulary']}, {headline['dtype']}.",
+        "",
+        *targets,
+        "",
+        "| work | | ms | of the copy | of bare GEMMs |",
+        "|---|---|---:|---:|---:|",
+    ]
+    timed = (r for r in rows_of(folder) if r["kind"] == "time" and headline.items() <= r.items())
+    return "\n".join(lines + [headline_line(r) for r in timed])
+
+
+def headline_line(r: Row) -> str:
+    ratios = (f"{r[f]:.2f}" if f in r else "" for f in ("of_copy", "of_bare"))
+    return f"| {r['work']} | {r['name']} | {r['median_ms']:.3f} | " + " | ".join(ratios) + " |"

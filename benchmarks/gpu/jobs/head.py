@@ -1,116 +1,102 @@
-"""The fused head against the bare GEMMs of its size, forward and backward."""
+"""The fused head against the bare GEMMs of its size, and what others have in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor
 
 import vcpo_kernels as vk
-from benchmarks.gpu.clock import Timed, Times
+from benchmarks.cases import head
+from benchmarks.cases.case import Case
+from benchmarks.cases.head import HEAD, BareGemms, Gradients, HeadInputs
+from benchmarks.gpu.jobs.workbench import Workbench, objections
 from benchmarks.gpu.plan import Plan
-from benchmarks.gpu.results import Row, key_of
-from benchmarks.gpu.row_cases import TORCH_DTYPES
-from benchmarks.linear_cases import BareGemms, Gradients, LinearInputs, oracle, ours, relative_error
+from benchmarks.harness.clock import Timed, Times
+from benchmarks.harness.results import Row, key_of
 
-if TYPE_CHECKING:
-    from benchmarks.gpu.bench import Bench
-
-HEAD = "fused head, forward + backward"
-GEMMS = {"fast": 3, "lean": 4}
-# Of both gradients, relative L2: what rounding the logits costs, three times over.
-ERROR_BOUND = {torch.bfloat16: 1e-2, torch.float32: 5e-6}
+MEMORY = {"fast": head.FAST, "lean": head.LEAN}
 ORACLE_ROWS = 512  # float64 logits of so many rows at a time
 
-
-def make_head(plan: Plan) -> LinearInputs:
-    """Logits of standard deviation 3; g as a mean over tokens has it."""
-    shape, device = plan.headline, torch.device(plan.device)
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = TORCH_DTYPES[shape.dtype]
-    hidden = torch.randn(shape.rows, plan.hidden, generator=generator, device=device).to(dtype)
-    weight = torch.randn(shape.vocabulary, plan.hidden, generator=generator, device=device)
-    weight = weight.mul_(3 / plan.hidden**0.5).to(dtype)
-    ids = torch.randint(0, shape.vocabulary, (shape.rows,), generator=generator, device=device)
-    g = torch.randn(shape.rows, generator=generator, device=device) / shape.rows
-    return LinearInputs(hidden, weight, ids, None, g)
+HeadCase = Case[HeadInputs]
 
 
-def head_fields(plan: Plan, name: str, gemms: int) -> Row:
-    shape = plan.headline
-    return {"work": HEAD, "name": name, "rows": shape.rows, "vocabulary": shape.vocabulary, "dtype": shape.dtype,
-            "hidden": plan.hidden, "gemms": gemms}  # fmt: skip
-
-
-def bare_name(gemms: int) -> str:
-    return f"{gemms} bare GEMMs"
-
-
-HeadCase = tuple[Row, Callable[[LinearInputs], Gradients]]
-
-
-def head_job(bench: Bench) -> None:
+def ours(bench: Workbench) -> None:
     """Both memory modes, with each backend's row kernels."""
-    from benchmarks.gpu.bench import objections
-
     plan = bench.plan
-    dtype = TORCH_DTYPES[plan.headline.dtype]
-    cases: list[HeadCase] = []
-    for memory, gemms in GEMMS.items():
+    cases = []
+    for memory, mode in MEMORY.items():
         for backend in plan.backends:
-            fields = head_fields(plan, f"{backend}, {memory}", gemms)
-            if bench.skips(fields):
-                continue
-            if reason := objections(plan, backend, "score_rows", dtype):
-                bench.add("left out", {**fields, "reason": reason})
-                continue
-            cases.append((fields, partial(on_backend, backend, memory)))
+            case = replace(mode, name=f"{backend}, {memory}", run=partial(_on_backend, backend, mode))
+            obstacle = partial(objections, plan, backend, mode.op, plan.headline.torch_dtype)
+            if bench.takes(fields_of(plan, case), obstacle):
+                cases.append(case)
     measure(bench, cases)
 
 
-def on_backend(backend: str, memory: str, x: LinearInputs) -> Gradients:
+def peers(bench: Workbench, cases: Sequence[HeadCase]) -> None:
+    """One after another, as the peers on rows."""
+    for case in cases:
+        if bench.takes(fields_of(bench.plan, case), partial(case.missing, bench.device)):
+            measure(bench, [case])
+
+
+def _on_backend(backend: str, mode: HeadCase, x: HeadInputs) -> Gradients:
     with vk.use_backend(backend):
-        return ours(x, memory=memory)
+        gradients: Gradients = mode.run(x)
+        return gradients
 
 
-def measure(bench: Bench, cases: list[HeadCase]) -> None:
+def row_of(plan: Plan, name: str, gemms: int) -> Row:
+    return {"work": HEAD, "name": name, **plan.headline.fields(), "hidden": plan.hidden, "gemms": gemms}
+
+
+def fields_of(plan: Plan, case: HeadCase) -> Row:
+    return row_of(plan, case.name, case.gemms) | ({} if case.ours else {"peer": True})
+
+
+def measure(bench: Workbench, cases: Sequence[HeadCase]) -> None:
     """Verify each, then time all of them and the bare GEMMs in turn."""
     if not cases:
         return
     plan = bench.plan
-    x = make_head(plan)
+    shape = plan.headline
+    x = head.make_inputs(shape.rows, plan.hidden, shape.vocabulary, shape.torch_dtype, bench.device)
     right = verified(bench, x, cases)
     gemms = BareGemms(x)
-    bare = [(head_fields(plan, bare_name(n), n), partial(gemms.run, n)) for n in sorted(set(GEMMS.values()))]
-    timed = bare + [(fields, partial(run, x)) for fields, run in right]
-    calls = [Timed(call) for _, call in timed]
-    times: list[Times] | None = bench.guarded(head_fields(plan, "timing", 0), lambda: bench.clock.in_turn(calls))
+    counts = sorted({mode.gemms for mode in MEMORY.values()})
+    bare = [(row_of(plan, BareGemms.name(n), n), Timed(partial(gemms.run, n))) for n in counts]
+    timed = bare + [(fields, Timed(partial(case.run, x))) for fields, case in right]
+    times: list[Times] | None = bench.guarded(
+        row_of(plan, "timing", 0), lambda: bench.clock.in_turn([call for _, call in timed])
+    )
     if times is None:
         return
-    of_bare = {fields["gemms"]: t.median_ms for (fields, _), t in zip(bare, times, strict=False)}
-    for (fields, _), result in zip(timed, times, strict=True):
+    of_bare = {n: of_gemms.median_ms for n, of_gemms in zip(counts, times, strict=False)}
+    for (fields, _), of_case in zip(timed, times, strict=True):
         if key_of(fields) not in bench.known:  # the bare GEMMs are timed again beside every peer
-            ratio = round(result.median_ms / of_bare[fields["gemms"]], 4)
-            bench.add("time", {**fields, **result.fields(), "of_bare": ratio})
+            ratio = round(of_case.median_ms / of_bare[fields["gemms"]], 4)
+            bench.add("time", {**fields, **of_case.fields(digits=5), "of_bare": ratio})
 
 
-def verified(bench: Bench, x: LinearInputs, cases: list[HeadCase]) -> list[HeadCase]:
+def verified(bench: Workbench, x: HeadInputs, cases: Sequence[HeadCase]) -> list[tuple[Row, HeadCase]]:
     """The cases whose gradients agree with float64; the others become rows that say so."""
-    exact = bench.guarded(head_fields(bench.plan, "float64", 0), lambda: oracle(x, rows=ORACLE_ROWS))
+    exact = bench.guarded(row_of(bench.plan, "float64", 0), lambda: head.oracle(x, rows=ORACLE_ROWS))
     if exact is None:
         return []
-    right: list[HeadCase] = []
-    for fields, run in cases:
-
-        def error(run: Callable[[LinearInputs], Gradients] = run) -> float:
-            return relative_error(run(x), exact)
-
-        found = bench.guarded(fields, error)
-        if found is not None and not found <= ERROR_BOUND[x.hidden.dtype]:
-            kind = "left out" if fields.get("peer") else "failure"
-            bench.add(kind, {**fields, "reason": f"wrong: relative error {found:.2e} of its gradients"})
-        elif found is not None:
-            right.append(({**fields, "max_error": found}, run))
+    right = []
+    for case in cases:
+        fields = fields_of(bench.plan, case)
+        error: float | None = bench.guarded(fields, partial(_error_of, case, x, exact))
+        if error is not None and not error <= head.ERROR_BOUND[x.hidden.dtype]:
+            kind = "failure" if case.ours else "left out"
+            bench.add(kind, {**fields, "reason": f"wrong: relative error {error:.2e} of its gradients"})
+        elif error is not None:
+            right.append(({**fields, "max_error": error}, case))
     return right
+
+
+def _error_of(case: HeadCase, x: HeadInputs, exact: tuple[Tensor, Tensor]) -> float:
+    return case.error(case.run(x), exact)

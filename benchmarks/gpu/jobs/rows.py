@@ -1,121 +1,140 @@
-"""Rows of logits: what is timed on them, for which backend, with which floor, and how it is verified.
-
-Every case works on `Inputs` of logits [N, V]. A floor counts passes over N V elements that the work cannot do without: one to
-read the logits, one more each for a second read and for a written gradient.
-"""
+"""Rows of logits: ours on every backend, in turn, and the peers, each on its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import vcpo_kernels as vk
-from benchmarks.gpu.plan import Shape
-from benchmarks.token_stats_cases import (
-    Inputs,
-    eager_backward,
-    eager_forward,
-    ours_backward,
-    ours_forward,
-    ours_inplace,
-)
-from vcpo_kernels.core import registry
+from benchmarks.cases import rows
+from benchmarks.cases.case import Case
+from benchmarks.cases.rows import Oracle, RowInputs
+from benchmarks.cases.shapes import Shape
+from benchmarks.gpu.jobs.workbench import Workbench, objections
+from benchmarks.harness.clock import Timed, nothing
+from benchmarks.harness.results import Row, key_of
 
-TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-FORWARD, BACKWARD, BACKWARD_INPLACE = "forward", "forward + backward", "forward + backward, in place"
-SCORE, WEIGHTED = "score_rows, in place", "weighted_logp, in place"
-
-# Relative L2 error of a gradient: one rounding to the dtype, a few times over.
-GRADIENT_BOUND = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+COPY = "device copy"
 VERIFIED_ROWS = 16
 
-
-@dataclass(frozen=True)
-class RowCase:
-    """Work on rows. op: what the registry calls the kernel. buffers: passes of NV that must fit into memory at once."""
-
-    work: str
-    op: str
-    run: Callable[[Inputs], Any]
-    floor_nv: int
-    inplace: bool = False
-    buffers: int = 2
-
-    @property
-    def is_forward(self) -> bool:
-        return self.work == FORWARD
+RowCase = Case[RowInputs]
 
 
-def score_rows(x: Inputs) -> Tensor:
-    """The kernel alone, over the logits: c (1[v = y] - p) takes their place."""
-    rows = x.logits[None]
-    backend = registry.select("score_rows", rows.device, rows.dtype, rows.shape[-1])
-    settings = {"temperature": 1.0, "softcap": None, "shift": False}
-    backend.forward(rows, rows, x.token_ids[None], None, x.g[None], **settings)
-    return x.logits
+def ours(bench: Workbench, shape: Shape, cases: Sequence[RowCase]) -> None:
+    """The device's own copy, then every case on every backend, in turn."""
+    todo = []
+    for case in cases:
+        for backend in bench.plan.backends:
+            fields = fields_of(case, backend, shape)
+            if bench.takes(fields, partial(_obstacle, bench, case, backend, shape)):
+                todo.append((case, backend, fields))
+    if not todo:
+        return
+    x = rows.make_inputs_in_parts(shape, bench.device)
+    want = rows.oracle(x, VERIFIED_ROWS)
+    scratch = torch.empty_like(x.logits) if any(case.inplace for case, *_ in todo) else None
+    copy_gb_per_s = measured_copy(bench, shape, x, scratch)
+    verified = [
+        (fields, timed)
+        for case, backend, fields in todo
+        if (timed := verified_case(bench, case, backend, fields, x, scratch, want)) is not None
+    ]
+    time_in_turn(bench, shape, verified, copy_gb_per_s)
 
 
-def weighted_logp(x: Inputs) -> Tensor:
-    """The public function and its backward, over the logits."""
-    leaf = x.logits.detach().requires_grad_()
-    loss, _ = vk.weighted_logp(leaf.view_as(leaf), x.token_ids, x.g, inplace=True)
-    return torch.autograd.grad(loss, leaf)[0]
+def peers(bench: Workbench, cases: Sequence[RowCase]) -> None:
+    """Written as soon as each is measured: a peer that hangs takes no other along."""
+    shape = bench.plan.headline
+    x = rows.make_inputs_in_parts(shape, bench.device)
+    want = rows.oracle(x, VERIFIED_ROWS)
+    scratch = torch.empty_like(x.logits)
+    copy_gb_per_s = measured_copy(bench, shape, x, scratch)
+    for case in cases:
+        fields = fields_of(case, case.name, shape)
+        if not bench.takes(fields, partial(_obstacle, bench, case, "", shape)):
+            continue
+        if (timed := verified_case(bench, case, "", fields, x, scratch, want)) is not None:
+            time_in_turn(bench, shape, [(fields, timed)], copy_gb_per_s)
 
 
-CASES = (
-    RowCase(FORWARD, "token_stats", ours_forward, 1, buffers=1),
-    RowCase(BACKWARD, "token_stats", ours_backward, 3, buffers=3),  # the in-place cases' logits are there too
-    RowCase(BACKWARD_INPLACE, "token_stats", ours_inplace, 3, inplace=True),
-    RowCase(SCORE, "score_rows", score_rows, 2, inplace=True),
-    RowCase(WEIGHTED, "score_rows", weighted_logp, 2, inplace=True),
-)
-GRID = tuple(c for c in CASES if c.work in (FORWARD, BACKWARD, SCORE))  # what is run at every shape
+def fields_of(case: RowCase, name: str, shape: Shape) -> Row:
+    fields: Row = {"work": case.work, "name": name, **shape.fields()}
+    if case.ours:
+        return {**fields, "op": case.op, "floor_nv": case.floor_nv}
+    return {**fields, "floor_nv": case.floor_nv, "peer": True}
 
 
-def make_inputs(shape: Shape, device: torch.device, sequence: int = 512) -> Inputs:
-    """Logits of standard deviation 3 with an outlier in a thousand, ids sampled from them, one weight per `sequence` rows.
-
-    Made on the device a few rows at a time: nothing else of the logits' size is ever there.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    logits = torch.empty(shape.rows, shape.vocabulary, dtype=TORCH_DTYPES[shape.dtype], device=device)
-    token_ids = torch.empty(shape.rows, dtype=torch.int64, device=device)
-    for part, ids in zip(logits.split(256), token_ids.split(256), strict=True):
-        z = torch.randn(part.shape, generator=generator, device=device).mul_(3)
-        z += 4 * (torch.rand(z.shape, generator=generator, device=device) < 1e-3)
-        ids.copy_(torch.multinomial(torch.softmax(z, -1), 1, generator=generator)[:, 0])
-        part.copy_(z)
-    weights = torch.randn(-(-shape.rows // sequence), generator=generator, device=device)
-    return Inputs(logits, token_ids, weights.repeat_interleave(sequence)[: shape.rows].contiguous())
+def _obstacle(bench: Workbench, case: RowCase, backend: str, shape: Shape) -> str:
+    """Why a case cannot run, or nothing. backend: of ours."""
+    dtype = shape.torch_dtype
+    reason = objections(bench.plan, backend, case.op, dtype) if case.ours else case.missing(bench.device)
+    if not reason and case.buffers * shape.bytes > bench.free_bytes():
+        reason = f"needs {case.buffers} x {shape.bytes / 2**30:.0f} GiB"
+    return reason
 
 
-@dataclass(frozen=True)
-class Oracle:
-    """float64 statistics and gradient of some rows, from the first to the last."""
-
-    index: Tensor
-    statistics: tuple[Tensor, Tensor, Tensor]
-    gradient: Tensor
-
-    def error(self, case: RowCase, got: Any) -> float:
-        """Largest |error| / (1 + |value|) of the statistics, or relative L2 error of the gradient, of these rows."""
-        if case.is_forward:
-            pairs = zip((t[self.index] for t in got), self.statistics, strict=True)
-            return max(float(((a.double() - b).abs() / (1 + b.abs())).max()) for a, b in pairs)
-        return float((got[self.index].double() - self.gradient).norm() / self.gradient.norm())
+def measured_copy(bench: Workbench, shape: Shape, x: RowInputs, scratch: torch.Tensor | None) -> float | None:
+    """GB/s, read plus written, of a copy of the logits; of a quarter of them where there is no second buffer."""
+    fields: Row = {"work": "copy", "name": COPY, **shape.fields(), "floor_nv": 2}
+    known = [r for r in bench.log.rows() if r["kind"] == "time" and key_of(r) == key_of(fields)]
+    if known:
+        return float(known[-1]["gb_per_s"])
+    source = x.logits.view(-1)
+    target = scratch.view(-1) if scratch is not None else torch.empty_like(source[: source.numel() // 4])
+    times, gb_per_s = bench.clock.copy(source[: target.numel()], target)
+    bench.add("time", {**fields, **times.fields(digits=5), "gb_per_s": round(gb_per_s, 2)})
+    return gb_per_s
 
 
-def oracle_of(x: Inputs) -> Oracle:
-    rows = len(x.logits)
-    index = torch.linspace(0, rows - 1, min(rows, VERIFIED_ROWS), device=x.logits.device).round().long()
-    some = Inputs(x.logits[index].double(), x.token_ids[index], x.g[index].double())
-    return Oracle(index, eager_forward(some), eager_backward(some))
+def verified_case(
+    bench: Workbench, case: RowCase, backend: str, fields: Row, x: RowInputs, scratch: torch.Tensor | None, want: Oracle
+) -> Timed | None:
+    """The case ready to be timed, or None where it is wrong or raises."""
+    on = x
+    prepare: Callable[[], object] = nothing
+    if case.inplace:
+        assert scratch is not None
+        on, prepare = RowInputs(scratch, x.token_ids, x.g), partial(scratch.copy_, x.logits)
+    call = partial(_on_backend, backend, case, on) if case.ours else partial(case.run, on)
+
+    def found() -> float:
+        prepare()
+        return case.error(call(), want)
+
+    error: float | None = bench.guarded(fields, found)
+    if error is None:
+        return None
+    bound = rows.error_bound(case, backend, x.logits.dtype)
+    if not error <= bound:
+        if case.ours:
+            reason = f"wrong: error {error:.2e} against float64 is over the bound {bound:.0e}"
+            bench.add("failure", {**fields, "reason": reason, "max_error": error})
+        else:
+            bench.add("left out", {**fields, "reason": f"another function: error {error:.2e} against float64"})
+        return None
+    fields["max_error"] = error
+    return Timed(call, prepare)
 
 
-def error_bound(case: RowCase, backend: str, dtype: torch.dtype) -> float:
-    """The package's own bound for statistics, one rounding of the dtype for gradients."""
-    return registry.BACKENDS[backend].relative_error if case.is_forward else GRADIENT_BOUND[dtype]
+def _on_backend(backend: str, case: RowCase, x: RowInputs) -> Any:
+    with vk.use_backend(backend):
+        return case.run(x)
+
+
+def time_in_turn(
+    bench: Workbench, shape: Shape, verified: list[tuple[Row, Timed]], copy_gb_per_s: float | None
+) -> None:
+    """Times all cases together and writes a row for each."""
+    if not verified:
+        return
+    first = verified[0][0]
+    times = bench.guarded({**first, "name": "timing"}, lambda: bench.clock.in_turn([t for _, t in verified]))
+    for (fields, _), of_case in zip(verified, times or [], strict=False):
+        gb_per_s = of_case.gb_per_s(fields["floor_nv"] * shape.bytes)
+        row = {**fields, **of_case.fields(digits=5), "gb_per_s": round(gb_per_s, 2)}
+        if copy_gb_per_s:
+            row["of_copy"] = round(gb_per_s / copy_gb_per_s, 4)
+        bench.add("time", row)
