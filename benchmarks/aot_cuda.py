@@ -16,8 +16,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from benchmarks.aot.cuda_table import TABLE, complaints, measure, nvcc_version, report
-from benchmarks.aot.table import held_against, options_of
+from benchmarks.aot.cuda_table import COLUMNS, TABLE, complaints, measure, nvcc_version
+from benchmarks.aot.table import as_text, held_against, options_of
 from vcpo_kernels.core import registry
 
 
@@ -32,7 +32,7 @@ def main() -> int:
         print("the extension was built without the CUDA kernels, since there was no nvcc: nothing to check")
         return 1 if options.check and shutil.which("nvcc") else 0
     fresh = {"nvcc": nvcc_version(), "kernels": measure(Path(_native.__file__))}
-    print(report(fresh))
+    print(as_text(fresh, "nvcc", COLUMNS, width=55))
     return held_against(TABLE, fresh, "nvcc", complaints, options)
 
 

@@ -19,14 +19,14 @@ import sys
 if os.environ.get("TRITON_INTERPRET", "0") not in ("0", ""):
     sys.exit("benchmarks.aot compiles, so it cannot run under TRITON_INTERPRET: unset it for this command.")
 
-from benchmarks.aot.table import held_against, options_of
-from benchmarks.aot.triton_table import TABLE, complaints, measure, report
+from benchmarks.aot.table import as_text, held_against, options_of
+from benchmarks.aot.triton_table import COLUMNS, TABLE, complaints, measure
 
 
 def main() -> int:
     options = options_of("benchmarks.aot", __doc__)
     fresh = measure()
-    print(report(fresh))
+    print(as_text(fresh, "triton", COLUMNS, width=52))
     return held_against(TABLE, fresh, "triton", complaints, options)
 
 

@@ -15,6 +15,10 @@ from benchmarks.aot.table import RESULTS, more_registers
 TABLE = RESULTS / "aot_cuda.json"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 BITS = 128
+COLUMNS = {
+    "registers": "regs", "stack": "stack", "spills": "spills", "shared_bytes": "shared", "load_bits": "load",
+    "bulk_copies": "bulk", "store_bits": "store",
+}  # fmt: skip
 # Mangled template arguments, as the table writes them.
 _WORDS = (("BFloat16", "bf16"), ("Float16", "fp16"), ("float", "fp32"))
 
@@ -103,18 +107,6 @@ def _complaints_of(name: str, row: dict[str, Any]) -> list[str]:
     if row["store_bits"] < BITS and "forward" not in name:
         found.append(f"store_bits is {row['store_bits']}, {BITS} wanted")
     return found
-
-
-def report(table: dict[str, Any]) -> str:
-    """The table as text."""
-    lines = [f"nvcc {table['nvcc']}", f"{'':55}  regs  stack  spills  shared  load  bulk  store"]
-    for architecture, rows in table["kernels"].items():
-        for name, r in rows.items():
-            numbers = f"{r['registers']:6}{r['stack']:7}{r['spills']:8}{r['shared_bytes']:8}"
-            lines.append(
-                f"{architecture + ' ' + name:55}{numbers}{r['load_bits']:6}{r['bulk_copies']:6}{r['store_bits']:7}"
-            )
-    return "\n".join(lines)
 
 
 def nvcc_version() -> str:

@@ -12,6 +12,16 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 REGISTER_SLACK = 1.10
 
 
+def as_text(table: dict[str, Any], compiler: str, columns: dict[str, str], width: int) -> str:
+    """A line per kernel. columns: fields of a row, and what stands above them. width: of the names."""
+    named = {f"{a} {name}": row for a, rows in table["kernels"].items() for name, row in rows.items()}
+    lines = [f"{compiler} {table[compiler]}", " " * width + "".join(f"  {heading}" for heading in columns.values())]
+    for name, row in named.items():
+        numbers = (f"{row[field]:{len(heading) + 2}}" for field, heading in columns.items())
+        lines.append(f"{name:{width}}" + "".join(numbers))
+    return "\n".join(lines)
+
+
 def more_registers(table: Path, now: dict[str, Any], before: dict[str, Any] | None, same_compiler: bool) -> list[str]:
     """What is wrong with a kernel beside its committed row; registers depend on the compiler."""
     if before is None:

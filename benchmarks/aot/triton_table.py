@@ -17,6 +17,13 @@ from vcpo_kernels.backends.triton.launch import FUSION
 
 TABLE = RESULTS / "aot_triton.json"
 ARCHITECTURES = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0)}
+COLUMNS = {
+    "registers": "regs",
+    "spills": "spills",
+    "shared_bytes": "shared",
+    "load_bits": "load",
+    "store_bits": "store",
+}
 
 
 def compile_kernel(kernel: Kernel, capability: tuple[int, int]) -> tuple[bytes, int]:
@@ -80,13 +87,3 @@ def complaints(fresh: dict[str, Any], committed: dict[str, Any]) -> list[str]:
                     found.append(f"{where}: {access} is {now[access]}, {getattr(kernel, access)} wanted")
             found += [f"{where}: {text}" for text in more_registers(TABLE, now, before, same)]
     return found
-
-
-def report(table: dict[str, Any]) -> str:
-    """The table as text."""
-    lines = [f"triton {table['triton']}", f"{'':52}  regs  spills  shared  load  store"]
-    for architecture, rows in table["kernels"].items():
-        for name, r in rows.items():
-            numbers = f"{r['registers']:6}{r['spills']:8}{r['shared_bytes']:8}{r['load_bits']:6}{r['store_bits']:7}"
-            lines.append(f"{architecture + ' ' + name:52}{numbers}")
-    return "\n".join(lines)
