@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from benchmarks.gpu import row_cases
-from benchmarks.gpu.plan import Shape
+from benchmarks.cases import rows as row_cases
+from benchmarks.cases.case import Case
+from benchmarks.cases.shapes import Shape
 from tests.rows import row_inputs
 from tests.rows.row_checks import FIELDS, assert_gradient, assert_statistics, oracle, run
 
@@ -53,17 +54,17 @@ def test_score_rows_in_place_is_out_of_place(
 
 
 def test_backward_in_place_is_out_of_place(backend: str, device: torch.device) -> None:
-    x = row_cases.make_inputs(Shape(6, 40001, "bfloat16"), device)
+    x = row_cases.make_inputs_in_parts(Shape(6, 40001, "bfloat16"), device)
     apart = row_cases.ours_backward(x)
     assert torch.equal(apart, row_cases.ours_inplace(x))
     assert torch.equal(apart, x.logits)
 
 
 @pytest.mark.parametrize("work", row_cases.CASES, ids=lambda c: c.work)
-def test_repeats_to_the_bit(backend: str, device: torch.device, work: row_cases.RowCase) -> None:
+def test_repeats_to_the_bit(backend: str, device: torch.device, work: Case[row_cases.RowInputs]) -> None:
     """The same bits again, and for a row alone the bits it has in its batch (but for eager torch, which splits sums)."""
     rows = 300 if device.type == "cuda" else 4
-    x = row_cases.make_inputs(Shape(rows, 5000, "bfloat16"), device)
+    x = row_cases.make_inputs_in_parts(Shape(rows, 5000, "bfloat16"), device)
 
     def results(part: slice) -> tuple[Tensor, ...]:
         some = type(x)(x.logits[part].clone(), x.token_ids[part], x.g[part])
@@ -101,10 +102,10 @@ def test_more_than_two_to_the_31_elements(backend: str, cuda: torch.device) -> N
     shape = Shape(2**31 // 151936 + 64, 151936, "bfloat16")
     if torch.cuda.mem_get_info()[0] < 3 * shape.bytes + 2**31:
         pytest.skip(f"needs {3 * shape.bytes / 2**30:.0f} GiB of free memory")
-    x = row_cases.make_inputs(shape, cuda)
-    exact = row_cases.oracle_of(x)  # of rows up to the last
+    x = row_cases.make_inputs_in_parts(shape, cuda)
+    exact = row_cases.oracle(x, most=16)  # of rows up to the last
     for case in row_cases.GRID:
-        assert exact.error(case, case.run(x)) <= row_cases.error_bound(case, backend, x.logits.dtype), case.work
+        assert case.error(case.run(x), exact) <= row_cases.error_bound(case, backend, x.logits.dtype), case.work
 
 
 def test_bad_ids_show_and_are_counted(backend: str, cuda: torch.device) -> None:

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from benchmarks.gpu.plan import SequenceShape, Shape
-from benchmarks.gpu.row_cases import make_inputs
-from benchmarks.gpu.sequence_cases import make_sequences
+from benchmarks.cases.rows import make_inputs_in_parts
+from benchmarks.cases.sequences import make_sequences
+from benchmarks.cases.shapes import SequenceShape, Shape
 
 SHAPE = SequenceShape(batch=8, length=8, group=4)
 
 
 def whole_loss(device: torch.device, vocabulary: int = 32000) -> tuple[Tensor, Callable[[], tuple[Tensor, Tensor]]]:
     """Logits that take a gradient, and a call that gives loss and gradient."""
-    x = make_inputs(Shape(SHAPE.tokens, vocabulary, "bfloat16"), device)
+    x = make_inputs_in_parts(Shape(SHAPE.tokens, vocabulary, "bfloat16"), device)
     s = make_sequences(SHAPE, device)
     leaf = x.logits.view(SHAPE.batch, SHAPE.length, vocabulary).requires_grad_()
     ids, mu = x.token_ids.view(leaf.shape[:2]), s.behavior_logp.view(leaf.shape[:2])
