@@ -14,7 +14,7 @@ import typer
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.harness.results import RESULTS
 from benchmarks.report import cpu_tables, lab, study
-from benchmarks.report.pages import LAB, README, STUDY, filled
+from benchmarks.report.pages import BENCHMARKS, LAB, README, STUDY, filled
 
 app = typer.Typer(add_completion=False)
 
@@ -23,8 +23,9 @@ app = typer.Typer(add_completion=False)
 def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = False) -> None:
     """Fill the pages from the results, and draw the README's picture."""
     runs = lab.read_runs()
-    readme = {"async_lab": lab.readme_table(runs), **cpu_tables.tables(), "gpu": gpu_tables.of_all(RESULTS)}
-    parts = {README: readme, STUDY: study.tables(), LAB: lab.parts(runs)}
+    tables = cpu_tables.tables() | {"gpu": gpu_tables.of_all(RESULTS)}
+    readme = {"token_stats": tables.pop("token_stats")}
+    parts = {README: readme, BENCHMARKS: tables, STUDY: study.tables(), LAB: lab.parts(runs)}
     pages = {path: filled(path.read_text(), of_page) for path, of_page in parts.items()}
     if check:
         for path, wanted in pages.items():

@@ -2,7 +2,7 @@
 
     python -m benchmarks.run_linear [--shape 1024,576,49152 --dtype bfloat16]
 
-Adds linear_token_stats.jsonl and .csv to --out: by default both shapes of the README, in bf16 and fp32.
+Adds linear_token_stats.jsonl and .csv to --out: by default both shapes of docs/benchmarks.md, in bf16 and fp32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Markdown of committed GPU runs, for the README: python -m benchmarks.gpu.tables FOLDER. Dry runs are refused."""
+"""Markdown of committed GPU runs, for docs/benchmarks.md: python -m benchmarks.gpu.tables FOLDER. Dry runs are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's tables of `make bench`: rows, the fused head, weighted_logp and per-sequence gradients on a CPU."""
+"""The pages' tables of `make bench`: rows, the fused head, weighted_logp and per-sequence gradients on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.harness.machine import read_environment
 from benchmarks.harness.results import RESULTS, Row, read
 
-# Part of the README -> folder of RESULTS. "kept memory": glibc told by GLIBC_TUNABLES (mmap_threshold, trim_threshold) to
+# Part of a page -> folder of RESULTS. "kept memory": glibc told by GLIBC_TUNABLES (mmap_threshold, trim_threshold) to
 # keep what is freed, so that nobody pays for fresh pages.
 TABLES = {
     "token_stats": RESULTS / "intel-r-xeon-r-processor-2-50ghz",
@@ -20,7 +20,7 @@ FRESH = RESULTS / "amd-epyc"  # the same machine with the allocator's defaults: 
 
 
 def tables() -> dict[str, str]:
-    """Each by the name of its part of the README."""
+    """Each by the name of its part of a page."""
     found = {name: token_stats_table(folder) for name, folder in TABLES.items()}
     return found | {
         "head": head_table(),

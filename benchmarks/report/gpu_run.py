@@ -1,4 +1,4 @@
-"""A run of `make gpu` as text: report.md and the summary (failures, then targets, then everything), and the README's table.
+"""A run of `make gpu` as text: report.md, the summary (failures, then targets, then everything), docs/benchmarks.md's table.
 
 Targets come as lines: what must be reached is no business of a report.
 """

@@ -1,4 +1,4 @@
-"""The asynchronous lab's page, its table in the README, and its pictures."""
+"""The asynchronous lab's page and its pictures, of which the README has one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,6 @@ METHODS = ("none", "token-tis", "seq-tis", "m2po", "topr", "ess", "opob", "vcpo"
 
 def read_runs() -> list[RunResult]:
     return export.read(RESULTS / "async_lab.csv")
-
-
-def readme_table(runs: list[RunResult]) -> str:
-    return accuracy_table(runs, "sort", LAG, METHODS)
 
 
 def parts(runs: list[RunResult]) -> dict[str, str]:

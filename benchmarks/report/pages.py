@@ -7,7 +7,8 @@ from pathlib import Path
 
 import typer
 
-README, LAB, STUDY = Path("README.md"), Path("docs/async_lab.md"), Path("docs/baseline_study.md")
+README, BENCHMARKS = Path("README.md"), Path("docs/benchmarks.md")
+LAB, STUDY = Path("docs/async_lab.md"), Path("docs/baseline_study.md")
 PICTURES = Path("docs/figures")
 
 
