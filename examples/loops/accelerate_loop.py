@@ -1,15 +1,13 @@
 """VCPO in an Accelerate loop: `accumulate`, `backward`, and an optimizer that `prepare` has wrapped.
 
     python -m examples.loops.accelerate_loop
-    accelerate launch --cpu --num-processes 2 -m examples.loops.accelerate_loop 2    # half the micro-batches a process
+    torchrun --nproc-per-node 2 -m examples.loops.accelerate_loop    # half the micro-batches a process
 
 docs/accelerate.md explains it line by line.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
 import vcpo_kernels as vk
-from examples.loops import rollouts
+from examples.loops import launch, rollouts
 
 STEPS, PROMPTS_PER_STEP, MICRO_BATCH = 4, 8, 2  # prompts; each has rollouts.SAMPLES responses
 
@@ -26,7 +24,7 @@ STEPS, PROMPTS_PER_STEP, MICRO_BATCH = 4, 8, 2  # prompts; each has rollouts.SAM
 def train(processes: int = 1, **accelerator_options: Any) -> tuple[torch.nn.Module, list[float]]:
     """The trained model, and each step's ESS / B. PROMPTS_PER_STEP are divided among `processes`."""
     accelerator = Accelerator(
-        gradient_accumulation_steps=PROMPTS_PER_STEP // MICRO_BATCH // processes, **accelerator_options
+        gradient_accumulation_steps=launch.share(PROMPTS_PER_STEP // MICRO_BATCH, processes), **accelerator_options
     )
     model: Any = rollouts.tiny_model()
     data = DataLoader(
@@ -59,12 +57,7 @@ def train(processes: int = 1, **accelerator_options: Any) -> tuple[torch.nn.Modu
 
 
 def main() -> None:
-    """[processes] [file for weights and history]"""
-    model, history = train(int(sys.argv[1]) if len(sys.argv) > 1 else 1, cpu=True)
-    if len(sys.argv) > 2 and int(os.environ.get("RANK", 0)) == 0:
-        torch.save({"model": model.state_dict(), "history": history}, sys.argv[2])
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    launch.run(__doc__, lambda: train(launch.processes(), cpu=True))
 
 
 if __name__ == "__main__":

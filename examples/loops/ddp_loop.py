@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import vcpo_kernels as vk
-from examples.loops import rollouts
+from examples.loops import launch, rollouts
 
 STEPS, PROMPTS_PER_STEP, MICRO_BATCH = 4, 8, 2  # prompts; each has rollouts.SAMPLES responses
 
@@ -63,15 +62,9 @@ def train() -> tuple[torch.nn.Module, list[dict[str, float]]]:
 
 
 def main() -> None:
-    """Train; with an argument, save weights and history there (rank 0)."""
-    distributed = "RANK" in os.environ
-    if distributed:
+    if "RANK" in os.environ:
         dist.init_process_group("gloo")  # "nccl" on GPUs
-    model, history = train()
-    if len(sys.argv) > 1 and (not distributed or dist.get_rank() == 0):
-        torch.save({"model": model.state_dict(), "history": history}, sys.argv[1])
-    if distributed:
-        dist.destroy_process_group()
+    launch.run(__doc__, train)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """VCPO in a Hugging Face Trainer: two methods and a callback.
 
     python -m examples.loops.hugging_face_trainer
-    torchrun --nproc-per-node 2 -m examples.loops.hugging_face_trainer 2    # half the micro-batches a process
+    torchrun --nproc-per-node 2 -m examples.loops.hugging_face_trainer    # half the micro-batches a process
 
 docs/huggingface.md explains it. For GRPOTrainer scripts there is vcpo_kernels.integrations.trl.
 """
@@ -9,7 +9,6 @@ docs/huggingface.md explains it. For GRPOTrainer scripts there is vcpo_kernels.i
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 import transformers
 
 import vcpo_kernels as vk
-from examples.loops import rollouts
+from examples.loops import launch, rollouts
 
 STEPS, PROMPTS_PER_STEP, MICRO_BATCH = 4, 8, 2  # prompts; each has rollouts.SAMPLES responses
 
@@ -71,7 +70,7 @@ def make_trainer(folder: str, processes: int = 1, **arguments: Any) -> RolloutTr
     options: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": MICRO_BATCH,
-        "gradient_accumulation_steps": PROMPTS_PER_STEP // MICRO_BATCH // processes,
+        "gradient_accumulation_steps": launch.share(PROMPTS_PER_STEP // MICRO_BATCH, processes),
         "max_steps": STEPS,
         "learning_rate": 3e-3,
         "lr_scheduler_type": "constant",
@@ -93,17 +92,17 @@ def make_trainer(folder: str, processes: int = 1, **arguments: Any) -> RolloutTr
     )
 
 
-def main() -> None:
-    """[processes] [file for weights and history]"""
+def train(processes: int = 1) -> tuple[torch.nn.Module, list[float]]:
+    """The trained model, and each step's ESS / B."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(folder, int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+        trainer = make_trainer(folder, processes)
         trainer.train()
-    if len(sys.argv) > 2 and int(os.environ.get("RANK", 0)) == 0:
-        history = [log["vcpo/ess_ratio"] for log in trainer.state.log_history if "vcpo/ess_ratio" in log]
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        torch.save({"model": model.state_dict(), "history": history}, sys.argv[2])
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    history = [log["vcpo/ess_ratio"] for log in trainer.state.log_history if "vcpo/ess_ratio" in log]
+    return trainer.accelerator.unwrap_model(trainer.model), history
+
+
+def main() -> None:
+    launch.run(__doc__, lambda: train(launch.processes()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 import vcpo_kernels as vk
 
 pytest.importorskip("transformers", reason="the loop's model is Hugging Face's: pip install transformers")
-from examples.loops import ddp_loop, rollouts
+from examples.loops import ddp_loop, launch, rollouts
 
 
 def test_steps_are_those_of_the_whole_batch_at_the_scaled_rate() -> None:
@@ -45,6 +45,21 @@ def test_two_ranks_are_one_process() -> None:
 
     model, history = ddp_loop.train()
     two_ranks.same("ddp", model, [step["ess_ratio"] for step in history])
+
+
+def test_ranks_leave_no_thread_of_gloo() -> None:
+    """After every loop and `leave`, which joins them: one that is left may abort the process when it ends."""
+    pytest.importorskip("accelerate", reason="the two ranks run Accelerate's loop too: pip install accelerate")
+    from tests.integrations import two_ranks
+
+    for rank in two_ranks.results():
+        assert not [name for name in rank["threads"] if "gloo" in name]
+
+
+def test_more_processes_than_micro_batches_are_refused() -> None:
+    """A share that does not come out even would change k_i in silence."""
+    with pytest.raises(ValueError, match="4 micro-batches of a step cannot be divided among 3 processes"):
+        launch.share(4, 3)
 
 
 def test_uneven_micro_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

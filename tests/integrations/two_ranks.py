@@ -22,7 +22,7 @@ ATTACHED = {"both observe": [[0.0, -1e4, -1e4], [0.0, 1.0]], "one observes nothi
 
 @functools.cache
 def results() -> list[dict[str, Any]]:
-    """Per rank and loop: "model" (state dict), "history" (ESS / B of each step); and "attached" (see `_attached`)."""
+    """Per rank and loop: "model" (state dict), "history" (ESS / B of each step); "attached" (see `_attached`); "threads" that are left."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -35,11 +35,11 @@ def _rank(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.distributed.init_process_group("gloo")
     from accelerate.state import AcceleratorState
 
-    from examples.loops import accelerate_loop, ddp_loop, hugging_face_trainer
+    from examples.loops import accelerate_loop, ddp_loop, hugging_face_trainer, launch
 
+    torch.distributed.init_process_group("gloo")
     saved: dict[str, Any] = {"attached": _attached(rank)}
     model, history = ddp_loop.train()
     saved["ddp"] = {"model": model.state_dict(), "history": [step["ess_ratio"] for step in history]}
@@ -50,8 +50,10 @@ def _rank(rank: int, folder: str, port: int) -> None:
     trainer.train()
     history = [log["vcpo/ess_ratio"] for log in trainer.state.log_history if "vcpo/ess_ratio" in log]
     saved["trainer"] = {"model": trainer.accelerator.unwrap_model(trainer.model).state_dict(), "history": history}
+    del model, trainer
+    launch.leave()
+    saved["threads"] = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
     torch.save(saved, Path(folder) / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def _attached(rank: int) -> dict[str, list[float]]:
