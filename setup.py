@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parent
 NO_COMPILER_HINT = """
 vcpo_kernels: building the compiled extension failed (see above).
   It needs a C++17 compiler: apt-get install g++, or dnf install gcc-c++; set CXX to choose one.
-  If it was nvcc that failed, leave its kernels out (Triton then serves GPUs): CMAKE_ARGS=-DVCPO_CUDA=OFF pip install .
-  To install without any compiler (the CPU then falls back to slow eager torch): VCPO_NATIVE=OFF pip install .
+  If it was nvcc that failed, leave its kernels out (Triton then serves GPUs): CMAKE_ARGS=-DVCPO_CUDA=OFF
+  To install without any compiler (the CPU then falls back to slow eager torch): VCPO_NATIVE=OFF
+  Both are environment variables: put them before the same command, as in `VCPO_NATIVE=OFF pip install -e .`
 """
 
 

@@ -16,9 +16,10 @@ from collections.abc import Callable
 import torch
 
 from vcpo_kernels import _version
-from vcpo_kernels.core import registry
+from vcpo_kernels.core import installation, registry
 
 VARIABLES = ("VCPO_CPU_ISA", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GLIBC_TUNABLES")
+NO_EXTENSION = 'none: the compiled extension does not load, see "native on cpu" below'
 
 
 def guarded(probe: Callable[[], str]) -> str:
@@ -36,6 +37,25 @@ def _version_of(package: str) -> str:
         return "not installed"
 
 
+def _imported_from() -> str:
+    kind = "a source folder" if installation.is_source() else "installed"
+    hidden = installation.hidden_installation() if registry.native_problem() is not None else None
+    return f"{installation.PACKAGE} ({kind}{f', which hides the installed {hidden}' if hidden else ''})"
+
+
+def _triton() -> str:
+    version = _version_of("triton")
+    if (problem := registry.triton_problem()) is None:
+        return version
+    if torch.cuda.is_available():
+        means = "CUDA tensors are left to the other backends"
+    else:
+        means = "nothing is lost here, for without a GPU it serves tests alone"
+    if version == "not installed":
+        return f"not installed: {means}. To have it: `pip install triton` (Linux only)"
+    return f"{version}, but {problem}; {means}"
+
+
 def _cpu() -> str:
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
@@ -46,12 +66,16 @@ def _cpu() -> str:
 
 
 def _isa() -> str:
+    if registry.native_problem() is not None:
+        return NO_EXTENSION
     native = importlib.import_module("vcpo_kernels._native")
     threads = "OpenMP" if native.openmp else "one thread only: built without OpenMP"
     return f"{native.isa_chosen()} of {', '.join(native.isa_available())} ({threads})"
 
 
 def _cuda_kernels() -> str:
+    if registry.native_problem() is not None:
+        return NO_EXTENSION
     native = importlib.import_module("vcpo_kernels._native")
     return "built in" if native.cuda else "not built: there was no nvcc"
 
@@ -79,17 +103,21 @@ def _nvcc() -> str:
 
 
 def backend_lines() -> list[tuple[str, str]]:
-    """Each backend on each kind of device it could serve: "available", or every reason why not."""
+    """Each backend on each kind of device, in the order of preference: "available", or every reason why not."""
     lines = []
-    for name in registry.BACKENDS:
-        for kind in ("cpu", "cuda"):
+    taken: set[str] = set()  # kinds of device that have their default
+    for kind in ("cpu", "cuda"):
+        order = registry.ORDER.get(kind, registry.DEFAULT_ORDER)
+        for name in sorted(registry.BACKENDS, key=lambda n: order.index(n) if n in order else len(order)):
             if kind == "cuda" and not torch.cuda.is_available():
                 status = "no CUDA device"
             else:
                 reasons = registry.objections(name, "token_stats", torch.device(kind), torch.float32)
                 status = "; ".join(reasons) or "available"
-            chosen = registry.ORDER.get(kind, registry.DEFAULT_ORDER)[0] == name and status == "available"
-            lines.append((f"{name} on {kind}", status + (" (default)" if chosen else "")))
+            if status == "available" and name in order and kind not in taken:
+                taken.add(kind)
+                status += " (default)"
+            lines.append((f"{name} on {kind}", status))
     return lines
 
 
@@ -97,10 +125,11 @@ def report() -> list[tuple[str, str]]:
     """(what, value) pairs, in print order."""
     probes: list[tuple[str, Callable[[], str]]] = [
         ("vcpo_kernels", lambda: _version.__version__),
+        ("imported from", _imported_from),
         ("python", platform.python_version),
         ("platform", platform.platform),
         ("torch", lambda: f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
-        ("triton", lambda: _version_of("triton")),
+        ("triton", _triton),
         ("cpu", _cpu),
         ("instruction set", _isa),
         ("cuda kernels", _cuda_kernels),

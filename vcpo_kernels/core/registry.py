@@ -18,7 +18,7 @@ from types import ModuleType
 
 import torch
 
-from vcpo_kernels.core import measured
+from vcpo_kernels.core import installation, measured
 
 ROW_OPS = frozenset({"token_stats", "score_rows"})
 SEQUENCE_OPS = frozenset({"segment_sum", "segment_spread", "vcpo_coefficients"})
@@ -52,10 +52,7 @@ def native_problem() -> str | None:
     try:
         importlib.import_module("vcpo_kernels._native")
     except Exception as error:  # an unfit library or a wrong VCPO_CPU_ISA raises other errors too
-        return (
-            f"the compiled extension vcpo_kernels._native does not load ({error}); "
-            "install a C++ compiler and run `pip install .` in the source folder"
-        )
+        return f"the compiled extension vcpo_kernels._native does not load ({error}); {installation.advice()}"
     return None
 
 
@@ -67,7 +64,7 @@ def cuda_problem() -> str | None:
     if not importlib.import_module("vcpo_kernels._native").cuda:
         return (
             "the compiled extension was built without nvcc; install the CUDA toolkit and run "
-            "`CMAKE_ARGS=-DVCPO_CUDA=ON pip install .` in the source folder"
+            "`CMAKE_ARGS=-DVCPO_CUDA=ON pip install -e .` in the source folder"
         )
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "PyTorch has no CUDA device here"
@@ -142,7 +139,8 @@ def objections(name: str, op: str, device: torch.device, dtype: torch.dtype) -> 
         if not (name == "triton" and device.type == "cpu"):
             reasons.append(f"runs on {', '.join(sorted(backend.devices))} tensors, not on {device.type}")
         elif not triton_interpreted():
-            reasons.append("runs on cpu tensors only under its interpreter: set TRITON_INTERPRET=1 before the import")
+            interpreter = "runs on cpu tensors only under its interpreter: set TRITON_INTERPRET=1 before the import"
+            reasons.append(backend.probe() or interpreter)
     if dtype not in backend.dtypes:
         reasons.append(f"does not take {str(dtype).removeprefix('torch.')}")
     if not reasons and (problem := backend.probe()) is not None:
