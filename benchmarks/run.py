@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [--rows 256 --vocabulary 151936 --dtype bfloat16]
 
-Writes token_stats.jsonl, token_stats.csv, token_stats.png and environment.txt to --out.
+Writes token_stats.jsonl, token_stats.csv, token_stats.png and environment.txt to --out, by default runs/bench/<device>.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from benchmarks.cases.rows import make_inputs
 from benchmarks.cases.shapes import DTYPES
 from benchmarks.comparisons.rows import run_cases, run_layouts
 from benchmarks.harness.clock import Rounds
-from benchmarks.options import Device, Out, console, device_of, versions, write
+from benchmarks.harness.results import write_files
+from benchmarks.options import Commit, Device, Out, console, device_of, folder_of, versions
 from benchmarks.report import plots
 from benchmarks.report.console import ROWS, table
 
@@ -32,6 +33,7 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 15,
     peers: Annotated[bool, typer.Option(help="time eager torch and torch.compile too")] = True,
     out: Out = None,
+    commit: Commit = False,
 ) -> None:
     """Verify, time and write the comparison."""
     if dtype not in DTYPES:
@@ -39,6 +41,7 @@ def main(
     if rows % 4:
         raise typer.BadParameter(f"--rows must be a multiple of 4, got {rows}")
     where = device_of(device)
+    folder = folder_of(out, commit, where)
     x = make_inputs(rows, vocabulary, DTYPES[dtype], where)
     clock = Rounds(where, repeats)
     with Progress(console=console, transient=True) as progress:
@@ -46,7 +49,7 @@ def main(
     results += run_layouts(x, clock)
     shape = {"rows": rows, "vocabulary": vocabulary, "dtype": dtype}
     results = [{**r, **shape, **versions()} for r in results]
-    folder = write(results, out, where, "token_stats")
+    write_files(results, folder, "token_stats")
     plots.token_stats(results, folder / "token_stats.png")
     console.print(table(results, f"token_stats, N={rows} V={vocabulary} {dtype}, {where}, medians of {repeats}", ROWS))
     console.print(f"written to {folder}")

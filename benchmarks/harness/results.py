@@ -13,6 +13,7 @@ from benchmarks.harness import machine
 Row = dict[str, Any]
 
 RESULTS = Path("benchmarks/results")  # committed, a folder per machine
+MEASURED = Path("runs/bench")  # what is measured without being asked to go there
 NAME = "results.jsonl"
 # What makes a measurement the same one: a process that starts again does not repeat it.
 KEY = ("work", "name", "rows", "vocabulary", "dtype")

@@ -184,14 +184,20 @@ def paper_configs() -> list[RunConfig]:
 def paper(
     workers: WorkersOption = 2,
     out: OutOption = DEFAULT_OUT,
-    csv: Annotated[Path, typer.Option("--csv", help="Runs in this file are not run again; all are written to it.")] = (
-        COMMITTED
-    ),
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv",
+            help="Runs in this file are not run again; all are written to it. "
+            f"Default: those of {COMMITTED}, and paper.csv in --out.",
+        ),
+    ] = None,
 ) -> None:
     """Every method of the comparison, both tasks: goes on from the committed results."""
-    restored = restore(csv, out)
+    source, csv = csv or COMMITTED, csv or out / "paper.csv"
+    restored = restore(source, out)
     if restored:
-        console.print(f"{restored} runs taken from {csv}.")
+        console.print(f"{restored} runs taken from {source}.")
     configs = paper_configs()
     try:
         _execute(configs, out, workers, force=False)

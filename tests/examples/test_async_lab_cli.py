@@ -99,7 +99,9 @@ def test_report_gathers_finished_runs(tmp_path: Path) -> None:
     assert (tmp_path / "grid.png").exists()
 
 
-def test_paper_goes_on_from_the_csv_and_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def finished() -> list[RunResult]:
+    """Four runs of the comparison."""
     configs = [replace(RunConfig(), method=method, seed=seed) for method in ("seq-tis", "vcpo") for seed in (0, 1)]
     results = [RunResult(config) for config in configs]
     for result in results:
@@ -107,13 +109,35 @@ def test_paper_goes_on_from_the_csv_and_keeps_it(tmp_path: Path, monkeypatch: py
             figures = {"reward": 0.5, "ess_ratio": 0.25, "grad_norm": 2.0, "rate_scale": 0.5}
             result.add(step, 0.5 + step / 1000, [figures] if step else [])
         result.finish("native", 3.0)
+    return results
+
+
+def test_paper_goes_on_from_the_csv_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: list[RunResult]
+) -> None:
     csv = tmp_path / "all.csv"
-    export(results, csv)
+    export(finished, csv)
     before = csv.read_text()
-    monkeypatch.setattr(cli, "paper_configs", lambda: configs)
+    monkeypatch.setattr(cli, "paper_configs", lambda: [r.config for r in finished])
     invoked = CliRunner().invoke(cli.app, ["paper", "--out", str(tmp_path / "fresh"), "--csv", str(csv)])
     assert invoked.exit_code == 0, invoked.output
     assert "4 runs taken from" in invoked.output
     assert csv.read_text() == before
     assert len(list((tmp_path / "fresh").glob("sort-*.json"))) == 4
     assert not list((tmp_path / "fresh").glob("*.pt"))  # nothing was left to be trained
+
+
+def test_paper_reads_the_committed_file_and_does_not_write_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: list[RunResult]
+) -> None:
+    """Unasked: two of its four runs are this comparison's, and it keeps all four."""
+    committed = tmp_path / "committed.csv"
+    export(finished, committed)
+    before = {path: path.read_text() for path in (committed, committed.with_suffix(".json"))}
+    monkeypatch.setattr(cli, "COMMITTED", committed)
+    monkeypatch.setattr(cli, "paper_configs", lambda: [r.config for r in finished[:2]])
+    out = tmp_path / "out"
+    invoked = CliRunner().invoke(cli.app, ["paper", "--out", str(out)])
+    assert invoked.exit_code == 0, invoked.output
+    assert {path: path.read_text() for path in before} == before
+    assert len((out / "paper.csv").read_text().splitlines()) == 3

@@ -22,7 +22,9 @@ ATTACHED = {"both observe": [[0.0, -1e4, -1e4], [0.0, 1.0]], "one observes nothi
 
 @functools.cache
 def results() -> list[dict[str, Any]]:
-    """Per rank and loop: "model" (state dict), "history" (ESS / B of each step); "attached" (see `_attached`); "threads" that are left."""
+    """Per rank and loop: "model" (state dict), "history" (ESS / B of each step). And "attached" (see `_attached`), "threads"
+    (that are left).
+    """
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

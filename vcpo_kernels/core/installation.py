@@ -10,8 +10,9 @@ import importlib.machinery
 import shutil
 import sys
 from pathlib import Path
+from types import ModuleType
 
-PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).parents[1]
 EXTENSION = "_native"
 
 
@@ -31,9 +32,14 @@ def hidden_installation() -> Path | None:
         if spec is not None and spec.origin is not None:
             folders.append(Path(spec.origin).parent)
     for folder in folders:
-        if folder.resolve() != PACKAGE and _loadable(folder):
+        if folder.resolve() != PACKAGE.resolve() and _loadable(folder):
             return folder.resolve()
     return None
+
+
+def owns(extension: ModuleType) -> bool:
+    """False for the extension of another installation, which an editable one hands to every folder that lacks its own."""
+    return extension.__file__ is not None and Path(extension.__file__).parent.resolve() == PACKAGE.resolve()
 
 
 def _loadable(folder: Path) -> bool:

@@ -50,9 +50,14 @@ class Backend:
 def native_problem() -> str | None:
     """None where the compiled extension loads, else why not."""
     try:
-        importlib.import_module("vcpo_kernels._native")
-    except Exception as error:  # an unfit library or a wrong VCPO_CPU_ISA raises other errors too
+        extension = importlib.import_module("vcpo_kernels._native")
+    except Exception as error:  # an unfit library raises other errors too
         return f"the compiled extension vcpo_kernels._native does not load ({error}); {installation.advice()}"
+    if not installation.owns(extension):
+        return (
+            f"the compiled extension that was found, {extension.__file__}, is another installation's; "
+            f"{installation.advice()}"
+        )
     return None
 
 
