@@ -6,9 +6,10 @@ must read tensor data run only where that is free of a device synchronisation: o
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +20,69 @@ ID_DTYPES = (torch.int64, torch.int32)
 
 
 def describe(value: Any) -> str:
-    """Short text for an error: a tensor by dtype, shape and device, anything else by its repr, cut short."""
+    """Short text for an error: a tensor or array by dtype and shape, what holds tensors by its fields, else the repr, cut."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    if _is_array(value):
+        return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)} ({type(value).__module__})"
+    if fields := _tensor_fields(value):
+        return f"{type(value).__name__} with {', '.join(fields)}"
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (Tensor, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)} {'tensors' if isinstance(value[0], Tensor) else 'lists'}"
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def _is_array(value: Any) -> bool:
+    """numpy's and its like, told without importing them."""
+    return hasattr(value, "__array__") and hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def _tensor_fields(value: Any) -> dict[str, str]:
+    """Name -> how it is written after the object, of the tensors in a mapping (a batch), a dataclass or a named tuple; a
+    model's output is mapping and dataclass, and written as the latter.
+    """
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+    elif isinstance(value, tuple):
+        names = list(getattr(value, "_fields", ()))
+    elif isinstance(value, Mapping):
+        return {k: f"[{k!r}]" for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    else:
+        names = []
+    return {name: f".{name}" for name in names if isinstance(getattr(value, name, None), Tensor)}
+
+
+# The field that was meant, where an argument's own name is none.
+MEANT = {
+    "hidden": ("last_hidden_state",),
+    "token_ids": ("input_ids", "ids"),
+    "mask": ("attention_mask",),
+}
+
+
+def as_tensor_hint(name: str, value: Any) -> str:
+    """How to make the tensor out of what was given instead; empty where that is anybody's guess."""
+    if value is None:
+        return f"Fix: give {name} a tensor."
+    name = name if name.replace(".", "").isidentifier() else "..."
+    if _is_array(value):
+        made = "torch.from_numpy" if type(value).__module__ == "numpy" else "torch.as_tensor"
+        return f"Fix: {made}({name})."
+    fields = _tensor_fields(value)
+    for field in (name, *MEANT.get(name, ())):
+        if field in fields:
+            return f"Fix: pass its tensor, {name}{fields[field]}."
+    if fields:
+        return f"Fix: pass the tensor that is meant of its {', '.join(fields)}."
+    if isinstance(value, (list, tuple)) and value:
+        if all(isinstance(entry, Tensor) for entry in value):
+            return f"Fix: torch.stack({name}), or torch.nn.utils.rnn.pad_sequence where lengths differ."
+        if all(isinstance(entry, (bool, int, float, list, tuple)) for entry in value):
+            return f"Fix: torch.tensor({name})."
+    if isinstance(value, (int, float)):
+        return f"Fix: torch.tensor({name})."
+    return ""
 
 
 def readable(value: Tensor) -> bool:
@@ -57,7 +116,8 @@ class Check:
     def tensor(self, name: str, value: Any, dtypes: Sequence[torch.dtype] | None = None, fix: str = "") -> None:
         """Raise unless `value` is a tensor of one of `dtypes`."""
         if not isinstance(value, Tensor):
-            raise self.type_error(f"{name} must be a torch.Tensor, got {describe(value)}. {fix}")
+            hint = as_tensor_hint(name, value) or fix
+            raise self.type_error(f"{name} must be a torch.Tensor, got {describe(value)}. {hint}")
         if dtypes is not None and value.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise self.type_error(f"{name} must be one of {wanted}, got {describe(value)}. {fix}")

@@ -63,10 +63,12 @@ class VCPOConfig:
         check.choice("baseline_weighting", self.baseline_weighting, tuple(baselines.WEIGHTINGS))
         check.choice("aggregation", self.aggregation, AGGREGATIONS)
         object.__setattr__(self, "normalize_std", check.boolean("normalize_std", self.normalize_std))
-        if not isinstance(self.score_norm, Tensor) and self.score_norm != "logit":
+        named = isinstance(self.score_norm, str) and self.score_norm == "logit"
+        if not named and not isinstance(self.score_norm, Tensor):
             raise check.value_error(
                 f"score_norm must be 'logit' or a tensor [B] of squared gradient norms, "
-                f"got {checks.describe(self.score_norm)}."
+                f"got {checks.describe(self.score_norm)}. Exact norms are a tensor of SequenceGradients: inside "
+                "`with SequenceGradients(model) as grads`, after grads.backward(...), score_norm=grads.squared_norms()."
             )
 
 
