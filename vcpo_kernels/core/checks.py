@@ -27,8 +27,8 @@ def describe(value: Any) -> str:
         return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)} ({type(value).__module__})"
     if fields := _tensor_fields(value):
         return f"{type(value).__name__} with {', '.join(fields)}"
-    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (Tensor, list, tuple)):
-        return f"a {type(value).__name__} of {len(value)} {'tensors' if isinstance(value[0], Tensor) else 'lists'}"
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        return f"a {type(value).__name__} of {len(value)} tensors"
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
 
@@ -79,9 +79,9 @@ def as_tensor_hint(name: str, value: Any) -> str:
         if all(isinstance(entry, Tensor) for entry in value):
             return f"Fix: torch.stack({name}), or torch.nn.utils.rnn.pad_sequence where lengths differ."
         if all(isinstance(entry, (bool, int, float, list, tuple)) for entry in value):
-            return f"Fix: torch.tensor({name})."
+            return f"Fix: torch.as_tensor({name})."
     if isinstance(value, (int, float)):
-        return f"Fix: torch.tensor({name})."
+        return f"Fix: torch.as_tensor({name})."
     return ""
 
 

@@ -19,6 +19,7 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations import _ess_channel
 from vcpo_kernels.integrations._given_advantages import weighted_advantages
+from vcpo_kernels.integrations._idle import IdleWatch
 from vcpo_kernels.sequences.baselines import WEIGHTINGS, SequenceTerms, check_rewards, group_baselines
 from vcpo_kernels.sequences.segments import Segments
 
@@ -28,6 +29,17 @@ CHECK = Check(WHERE)
 # Where L_i comes from. "old_log_prob": it is mu itself, as verl's bypass mode makes it. "rollout_is_weights": it is the
 # recomputed proximal policy, and verl's sequence-level ratio to mu comes beside it (decoupled mode).
 BEHAVIOR = ("old_log_prob", "rollout_is_weights")
+
+
+# A process's first losses: of several mini-batches or micro-batches of a step, only those after the first update differ.
+_IDLE = IdleWatch(WHERE, patience=64)
+_SAME_POLICY = (
+    "the old log-probabilities have been the trainer's own so far",
+    "Where they are recomputed by the trainer they are no sampler's: set rollout.calculate_log_probs=True with "
+    "algorithm.rollout_correction.bypass_mode=True, or take loss_mode=vcpo_decoupled with rollout_correction.rollout_is=sequence "
+    "(docs/verl.md, Settings). Where the sampler is the trainer itself, samples are stale only after ppo_mini_batch_size or "
+    "ppo_epochs made several steps of a batch.",
+)
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,9 @@ def policy_loss(
         "or attach(optimizer) in the worker."
     )
     _ess_channel.publish(WHERE, result, loss, how)
-    metrics = {f"actor/vcpo_{name}": value.item() for name, value in result.metrics.items()}
+    numbers = {name: value.item() for name, value in result.metrics.items()}
+    _IDLE.see(numbers["ess_ratio"], numbers["log_weight_mean"], numbers["log_weight_max"], *_SAME_POLICY)
+    metrics = {f"actor/vcpo_{name}": value for name, value in numbers.items()}
     if (last := _ess_channel.last_step()) is not None:
         for name, value in zip(("ess_ratio", "lr_scale"), last, strict=True):
             metrics[f"actor/vcpo_last_step_{name}"] = float(value)

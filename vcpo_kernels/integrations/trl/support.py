@@ -9,6 +9,7 @@ from torch import nn
 
 import vcpo_kernels as vk
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.integrations._idle import IdleWatch
 
 
 def check_support(trainer: Any) -> None:
@@ -45,3 +46,28 @@ def warn_of_dropout(model: nn.Module, disabled: bool) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+MAKE_STALE = (
+    "To correct for staleness, let a generation serve several steps (num_iterations > 1, or steps_per_generation > "
+    "gradient_accumulation_steps); to correct for the sampler, sample by another engine (use_vllm=True) or return "
+    '"logprobs" from rollout_func. docs/trl.md, "What log mu is".'
+)
+
+
+def idle_watch(trainer: Any) -> IdleWatch:
+    """Patient for two generations, and for ten windows: the first of a generation is always the policy that sampled."""
+    args = trainer.args
+    windows = -(-args.steps_per_generation * trainer.num_iterations // args.gradient_accumulation_steps)
+    return IdleWatch(type(trainer).__name__, max(10, 2 * windows))
+
+
+def watch_idleness(watch: IdleWatch, metrics: dict[str, float], batches: list[dict[str, Any]]) -> None:
+    """Warn, once, of a run whose weights are all 1. metrics: of the window, on the host. batches: its micro-batches."""
+    recorded = ("sampling_per_token_logps", "old_per_token_logps")
+    if all(batch.get(name) is None for batch in batches for name in recorded):
+        watch.certain(
+            "a generation serves one optimizer step, and no log-probabilities of the sampler came with it", MAKE_STALE
+        )
+    means = (metrics["ess_ratio"], metrics["log_weight_mean"], metrics["log_weight_max"])
+    watch.see(*means, "the sampler's log-probabilities have been the trainer's own so far", MAKE_STALE)

@@ -23,7 +23,7 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.integrations.trl.config import VCPOTrainingConfig
 from vcpo_kernels.integrations.trl.head import attach_head
 from vcpo_kernels.integrations.trl.step import EssStep
-from vcpo_kernels.integrations.trl.support import check_support, warn_of_dropout
+from vcpo_kernels.integrations.trl.support import check_support, idle_watch, warn_of_dropout, watch_idleness
 from vcpo_kernels.integrations.trl.window import (
     TokenStatistics,
     Window,
@@ -105,6 +105,7 @@ class VCPOTrainer(GRPOTrainer):
                 base = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
                 attach_head(base, self.temperature, args.cast_lm_head_to_fp32)
         self._ess_step = EssStep(self, args.ess_rule, args.ess_reference)
+        self._idle = idle_watch(self)
         self.add_callback(self._ess_step)
         self._raw_window: list[Any] = []
         self._ready: deque[dict[str, Any]] = deque()
@@ -198,9 +199,12 @@ class VCPOTrainer(GRPOTrainer):
             if share.entropy_coefficients is not None:
                 batch["vcpo_h"] = share.entropy_coefficients * processes
             ready.append(batch)
+        metrics = window.metrics()
         if mode == "train":
             self._ess_step.observe(window.ess)
-        self._log_window(window, batches, mode)
+            if self.accelerator.is_main_process:
+                watch_idleness(self._idle, metrics, batches)
+        self._log_window(window, metrics, batches, mode)
         return ready
 
     def _statistics(self, batch: dict[str, Any]) -> tuple[TokenStatistics, Tensor]:
@@ -259,9 +263,11 @@ class VCPOTrainer(GRPOTrainer):
 
     # --- what is logged ------------------------------------------------------------------------------------------------
 
-    def _log_window(self, window: Window, batches: list[dict[str, Any]], mode: str) -> None:
+    def _log_window(
+        self, window: Window, of_window: dict[str, float], batches: list[dict[str, Any]], mode: str
+    ) -> None:
         metrics = self._metrics[mode]
-        for name, value in window.metrics().items():
+        for name, value in of_window.items():
             metrics[f"vcpo/{name}"].append(value)
         metrics["entropy"].append(window.token_mean("entropy"))
         if self.beta != 0.0:
