@@ -24,7 +24,7 @@ def oracle(logits: Tensor, ids: Tensor, g: Tensor, h: Tensor, **options: object)
 
 
 def assert_statistics(got: vk.TokenStats, want: vk.TokenStats, bound: float = BOUND) -> None:
-    """Relative error <= bound (1 + |value|) for all four; score_sqnorm also <= 1e-3 of itself (design, sections 2 and 7)."""
+    """Relative error <= bound (1 + |value|) for all four; score_sqnorm also <= 1e-3 of itself."""
     for field in FIELDS:
         a, b = getattr(got, field), getattr(want, field)
         assert a.dtype == torch.float32
