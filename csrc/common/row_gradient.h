@@ -30,9 +30,9 @@ struct TokenGradient {
 struct TokenGradients {
   const float *logp, *entropy, *lse, *grad_logp, *grad_entropy, *target_logits;
 
-  // known: whether the token's id lies in the row.
+  // known: whether the token's id is one of the vocabulary, in the row or in another block of it.
   VCPO_HOST_DEVICE TokenGradient of(std::int64_t at, bool known, float g, float h) const {
-    return {known || target_logits != nullptr ? logp[at] : NAN, entropy[at], lse[at], g, h};
+    return {known ? logp[at] : NAN, entropy[at], lse[at], g, h};
   }
 };
 

@@ -41,7 +41,8 @@ void token_stats_backward(const Output& out, const Rows& rows, const Tokens& tok
     const std::int64_t y = tokens.ids[token.at];
     const bool known = y >= 0 && y < rows.vocabulary, block = gradients.target_logits != nullptr;
     const double z = block ? gradients.target_logits[token.at] : known ? element(row, rows.dtype, y) : NAN;
-    const RowGradient gradient = row_gradient(z, known ? y : -1, gradients.of(token.at, known, g, h), scaling, scale);
+    const RowGradient gradient =
+        row_gradient(z, known ? y : -1, gradients.of(token.at, known || block, g, h), scaling, scale);
     backward(d, row, rows.vocabulary, gradient, scale, plan.stream);
   });
 }

@@ -74,9 +74,10 @@ token_stats_backward_kernel(const Output out, const Rows rows, const Tokens toke
   RowGradient* shared = reinterpret_cast<RowGradient*>(device::shared_memory());
   if (device::thread() == 0) {
     const std::int64_t id = tokens.ids[token.at];
+    const bool block = gradients.target_logits != nullptr;
     const Target target = target_of(row, rows.vocabulary, id);
-    const float z = gradients.target_logits != nullptr ? gradients.target_logits[token.at] : target.z;
-    const TokenGradient saved = gradients.of(token.at, target.known, g, h);
+    const float z = block ? gradients.target_logits[token.at] : target.z;
+    const TokenGradient saved = gradients.of(token.at, target.known || block, g, h);
     *shared = row_gradient(z, target.known ? target.y : -1, saved, scaling, scale);
   }
   device::block_sync();  // in place, the target is read before anything is written

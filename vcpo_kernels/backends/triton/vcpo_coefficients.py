@@ -119,7 +119,7 @@ def batch_kernel(
 ):
     clip, ess_clip = log64(max_weight), log64(ess_max_weight)
     zeros = tl.zeros([BLOCK], dtype=tl.float64)
-    live_sum, token_sum, ok_sum, truncated_sum, log_w_sum, reward_sum = (
+    nonempty_sum, token_sum, ok_sum, truncated_sum, log_w_sum, reward_sum = (
         zeros,
         zeros,
         zeros,
@@ -134,14 +134,14 @@ def batch_kernel(
         ok = tl.load(ok_ptr + index, mask=inside, other=0) != 0
         log_w = load64(log_w_ptr, index, ok)
         lengths = load64(lengths_ptr, index, inside)
-        live_sum += (lengths > 0.0).to(tl.float64)
+        nonempty_sum += (lengths > 0.0).to(tl.float64)
         token_sum += lengths
         ok_sum += ok.to(tl.float64)
         truncated_sum += (ok & (log_w > clip)).to(tl.float64)
         log_w_sum += log_w
         reward_sum += load64(rewards_ptr, index, ok)
         highest = tl.maximum(highest, tl.where(ok, log_w, -INF))
-    live, taking_part = tl.sum(live_sum, axis=0), tl.sum(ok_sum, axis=0)
+    nonempty, taking_part = tl.sum(nonempty_sum, axis=0), tl.sum(ok_sum, axis=0)
     peak = tl.max(highest, axis=0)
     ess_peak = tl.minimum(peak, ess_clip)
 
@@ -157,21 +157,21 @@ def batch_kernel(
     first = _log_sum(ess_peak, tl.sum(first_sum, axis=0))
     second = _log_sum(2 * ess_peak, tl.sum(second_sum, axis=0))
     ess = tl.where(first > -INF, tl.exp(tl.where(first > -INF, 2 * first - second, 0.0)), 0.0)
-    ess = tl.minimum(ess, live)
+    ess = tl.minimum(ess, nonempty)
     tokens = tl.sum(token_sum, axis=0)
     divisor = tl.maximum(taking_part, 1.0)
 
     tl.store(moments_ptr, first)
     tl.store(moments_ptr + 1, second)
-    tl.store(moments_ptr + 2, live)
-    tl.store(counts_ptr, tl.where(num_sequences < 0.0, live, num_sequences))
+    tl.store(moments_ptr + 2, nonempty)
+    tl.store(counts_ptr, tl.where(num_sequences < 0.0, nonempty, num_sequences))
     tl.store(counts_ptr + 1, tl.where(num_tokens < 0.0, tokens, num_tokens))
     dtype = metrics_ptr.dtype.element_ty
     tl.store(metrics_ptr + _ESS, ess.to(dtype))
-    tl.store(metrics_ptr + _ESS_RATIO, (ess / tl.maximum(live, 1.0)).to(dtype))
-    tl.store(metrics_ptr + _NUM_SEQUENCES, live.to(dtype))
+    tl.store(metrics_ptr + _ESS_RATIO, (ess / tl.maximum(nonempty, 1.0)).to(dtype))
+    tl.store(metrics_ptr + _NUM_SEQUENCES, nonempty.to(dtype))
     tl.store(metrics_ptr + _NUM_TOKENS, tokens.to(dtype))
-    tl.store(metrics_ptr + _NONFINITE, (live - taking_part).to(dtype))
+    tl.store(metrics_ptr + _NONFINITE, (nonempty - taking_part).to(dtype))
     tl.store(metrics_ptr + _TRUNCATED, (tl.sum(truncated_sum, axis=0) / divisor).to(dtype))
     tl.store(metrics_ptr + _MEAN, (tl.sum(log_w_sum, axis=0) / divisor).to(dtype))
     tl.store(metrics_ptr + _MAX, tl.where(taking_part > 0.0, peak, 0.0).to(dtype))
