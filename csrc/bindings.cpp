@@ -1,5 +1,5 @@
 // Python bindings. The extension takes raw pointers and knows nothing of torch, so that one build serves every torch
-// version; vcpo_kernels/backends/native/ checks dtypes, devices, shapes and strides before it hands an address over.
+// version; the ops check dtypes, devices, shapes and strides before vcpo_kernels/backends/native/ hands addresses over.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
