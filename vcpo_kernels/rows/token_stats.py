@@ -113,7 +113,7 @@ def token_stats(
     check = Check("token_stats")
     token_ids, mask, temperature, softcap = checked(check, logits, token_ids, mask, temperature, softcap, shift)
     if inplace_backward:
-        check.not_a_leaf("inplace_backward", logits)
+        check.overwritable("inplace_backward", logits)
     if not views.viewable(logits, shift):  # more than two batch dimensions that no stride can merge: one call per slice
         masks = mask if mask is not None else [None] * len(logits)
         return TokenStats.stacked(

@@ -15,7 +15,7 @@ from torch import Tensor
 from vcpo_kernels.core import checks, registry
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import needs_grad, wide
-from vcpo_kernels.core.library import define_op
+from vcpo_kernels.core.library import define_op, first_derivative_only
 from vcpo_kernels.rows import known_gradient, views
 from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
 from vcpo_kernels.rows.token_stats import SETTINGS, TokenStats, checked
@@ -72,7 +72,7 @@ def weighted_logp(
     token_ids, mask, temperature, softcap = checked(check, logits, token_ids, mask, temperature, softcap, shift)
     coefficients = checked_coefficients(check, coefficients, token_ids, logits)
     if inplace:
-        check.not_a_leaf("inplace", logits)
+        check.overwritable("inplace", logits)
     if not views.viewable(logits, shift):  # more than two batch dimensions that no stride can merge: one call per slice
         masks = mask if mask is not None else [None] * len(logits)
         parts = [
@@ -187,6 +187,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ..
     return (gradient if ctx.needs_logits else None, None, None, grad_coefficients, None, None, None, None)
 
 
+_remember, _once = first_derivative_only("weighted_logp", _setup_context, _backward)
+
+
 class _InPlace(torch.autograd.Function):
     """weighted_logp_ with its gradient, which is the logits' own memory: torch.library has no autograd for such ops."""
 
@@ -194,13 +197,13 @@ class _InPlace(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         written = logits.detach()  # shares storage and version counter
         loss, *stats = _op_(written, *arguments)
-        _setup_context(ctx, (written, *arguments, True), (loss, *stats, written))
+        _remember(ctx, (logits, *arguments, True), (loss, *stats, written))
         ctx.mark_non_differentiable(*stats)
         return (loss, *stats)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        return _backward(ctx, grad_loss)[:-1]  # without needs_logits, which only the other op is told
+        return _once(ctx, grad_loss)[:-1]  # without needs_logits, which only the other op is told
 
 
 _ARGUMENTS = f"Tensor token_ids, Tensor? mask, Tensor coefficients, {SETTINGS}"
