@@ -168,17 +168,15 @@ class Check:
 
     def overwritable(self, name: str, logits: Tensor) -> None:
         """Raise where an in-place gradient would take the place of a parameter's values, or of other entries' gradients."""
-        if torch.compiler.is_compiling():  # where nothing is written in place
-            base = logits
-        else:
-            base = logits if logits._base is None else logits._base
+        compiling = torch.compiler.is_compiling()  # where nothing is written in place
+        base = logits if compiling or logits._base is None else logits._base
         if logits.requires_grad and base.is_leaf and base.requires_grad:
             through = "" if base is logits else ", of which logits are a view,"
             raise self.value_error(
                 f"{name}=True would overwrite a leaf tensor's values{through} with its gradient. "
                 f"Pass logits that a module computed, or leave {name}=False."
             )
-        if not torch.compiler.is_compiling() and overlaps(logits):
+        if not compiling and overlaps(logits):
             raise self.value_error(
                 f"{name}=True would write several entries' gradients to one memory location: logits of shape "
                 f"{tuple(logits.shape)} have strides {logits.stride()} (expand, unfold, as_strided). "

@@ -38,7 +38,8 @@ def define_op(
     """Define the op of a schema `name(arguments) -> returns`. Returns it, to be called by position.
 
     implementation: for real tensors of any device. fake: shapes and dtypes alone. setup_context, backward: its gradient;
-    None: it has none. twice: the gradient may be differentiated again; otherwise that is an error. bypass: call it past the dispatcher where nothing intercepts the call (`bypass_dispatcher`).
+    None: it has none. twice: the gradient may be differentiated again; otherwise that is an error. bypass: call it past the
+    dispatcher where nothing intercepts the call (`bypass_dispatcher`).
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -26,7 +26,6 @@ from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
 from vcpo_kernels.rows.token_stats import SETTINGS, TokenStats
 from vcpo_kernels.rows.weighted_logp import checked_coefficients, weighted_sum, without_gradient
 
-
 LARGEST_SUM = (
     2.0**14
 )  # of an fp16 gradient before its factor is known: what is summed is bounded, and its small terms keep digits

@@ -20,7 +20,6 @@ from vcpo_kernels.rows import known_gradient, views
 from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
 from vcpo_kernels.rows.token_stats import SETTINGS, TokenStats, checked
 
-
 LARGEST_ENTRY = (
     2.0**10
 )  # of an fp16 gradient before its factor is known: far from 65504, and p_v down to 1e-7 keep digits
