@@ -84,7 +84,7 @@ def linear_weighted_logp(
     operands, settings = inputs[:5], inputs[5:]
     needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
     loss, *outputs = _op(*operands, coefficients, *settings, chunk_bytes, *needs)
-    return loss, without_gradient(outputs[: len(RowStatistics._fields)], shift)
+    return loss, without_gradient(outputs[: len(RowStatistics._fields)], shift, inputs.mask)
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------

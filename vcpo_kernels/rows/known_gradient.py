@@ -4,8 +4,8 @@ Layer: rows. Shared by weighted_logp and linear_weighted_logp. The op `scale_` m
 pass only where that is not 1.
 
 In fp16 a gradient has to be in range when it is rounded, and the factor that was to bring it there (a GradScaler's) arrives
-later: with coefficients of a mean over a million tokens all of it would round to zero. So it is taken times a power of two that its
-coefficients are known to bear (`range_factor`), which the release divides out in fp32.
+later: with coefficients of a mean over a million tokens all of it would round to zero. So it is taken times a power of two
+that its coefficients are known to bear (`range_factor`), which the release divides out in fp32.
 """
 
 from __future__ import annotations

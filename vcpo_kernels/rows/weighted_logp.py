@@ -86,12 +86,12 @@ def weighted_logp(
         loss, *stats = _InPlace.apply(logits, *settings)
     else:
         loss, *stats, _ = _op(logits, *settings, needs_logits)
-    return loss, without_gradient(stats, shift)
+    return loss, without_gradient(stats, shift, mask)
 
 
-def without_gradient(statistics: Sequence[Tensor], shift: bool) -> TokenStats:
+def without_gradient(statistics: Sequence[Tensor], shift: bool, mask: Tensor | None) -> TokenStats:
     """The statistics beside a loss whose gradient has been taken already."""
-    return TokenStats.of(RowStatistics(*statistics).map(Tensor.detach), shift)
+    return TokenStats.of(RowStatistics(*statistics).map(Tensor.detach), shift, mask)
 
 
 def checked_coefficients(check: Check, coefficients: Any, token_ids: Tensor, beside: Tensor) -> Tensor:

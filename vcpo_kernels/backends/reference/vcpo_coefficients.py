@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ def forward(
     moments = ess_moments(torch.where(ok, ess_log_w.double(), math.nan), nonempty)
     ess, ratio = ess_from_moments(moments)
     taking_part = ok.sum().clamp(min=1).double()
-    seen = torch.zeros(num_groups, dtype=torch.bool, device=logp.device).index_fill_(0, ids[ok], True)
+    members = baselines.grouped("sum", ok.double(), ids, num_groups, 0.0)
+    seen = members > 0
     metrics = torch.stack(
         [
             ess,
@@ -100,7 +102,17 @@ def forward(
             torch.where(ok, r, 0.0).sum() / taking_part,
             advantages.square().sum() / taking_part,
             (equal & seen).sum() / seen.sum().clamp(min=1).double(),
+            (members == 1).sum().double(),
+            *_log_ratio_metrics(logp - behavior_logp, total),
         ]
     )
     as_given = (t.to(dtype) for t in (baseline, advantages, coefficients, metrics))
     return SequenceResults(log_w, lengths.to(dtype), moments, *as_given)
+
+
+def _log_ratio_metrics(log_ratio: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean magnitude of the finite log-ratios [N], and the share of them that is < 0. total: over each sequence's tokens."""
+    finite = log_ratio.isfinite()
+    count = total(finite.double()).sum().clamp(min=1)
+    magnitude = total(torch.where(finite, log_ratio.abs(), 0.0).double()).sum()
+    return magnitude / count, total((finite & (log_ratio < 0)).double()).sum() / count
