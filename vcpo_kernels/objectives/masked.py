@@ -185,7 +185,7 @@ def m2po(
     def rule(tokens: TokenBatch) -> TokenTerms:
         d, a = tokens.log_ratio, tokens.advantages
         second_moment = d.double().square()
-        candidates = tokens.live & (second_moment < math.inf)
+        candidates = tokens.valid & (second_moment < math.inf)
         if only:
             candidates = candidates & (((a > 0) & (d > 0)) | ((a < 0) & (d < 0)))
         # In ascending order the running mean never falls, so the tokens to keep are those up to its last value <= tau.
