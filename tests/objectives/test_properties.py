@@ -23,7 +23,7 @@ from vcpo_kernels.rows.token_loss import token_loss
 
 NAMES = sorted(OBJECTIVES)
 NAN, INF = math.nan, math.inf
-WITH_PROXIMAL = [n for n in NAMES if "proximal_logp" in OBJECTIVES[n].function.__kwdefaults__]
+WITH_PROXIMAL = [n for n in NAMES if "proximal_logp" in OBJECTIVES[n].value.proximal_terms]
 
 
 def stats_of(logp: Tensor, entropy: Tensor | None = None, shifted: bool = False) -> vk.TokenStats:

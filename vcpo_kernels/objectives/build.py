@@ -1,13 +1,13 @@
 """objective_from_coefficients: from a method's rule for one token's coefficient to a loss with metrics and ESS.
 
-Layer: tokens [N] -> scalars. Every objective of this package is a rule handed to this function, and so is a user's own. It owns
-what all have in common: checks, aggregation, the extra terms, dropped tokens, ESS, metrics, and the step into autograd.
+Layer: tokens [N] -> scalars. A `TokenObjective`'s rule comes here, and so does a bare one. Here is what all have in common:
+checks, aggregation, the extra terms, dropped tokens, ESS, metrics, and the step into autograd.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,25 +79,13 @@ def objective_from_coefficients(
     correction: Correction | None = None,
     **common: Unpack[CommonTerms],
 ) -> ObjectiveOutput:
-    """The loss whose gradient is -sum_t k_t a_t grad logp_t, for the a_t that `rule` gives, and everything around it.
-
-    With k_t the aggregation's factor (as k_i of `vcpo_loss`), c_t = k_t w_t a_t and w_t the product of the correction and
-    token_weights: loss = -sum_t k_t w_t v_t + kl_coefficient sum_t k_t KL_t - entropy_coefficient sum_t k_t H_t. Tokens
-    outside the mask contribute exactly nothing, whatever any input holds there. A token whose coefficient or value is not
-    finite, or whose ratio is NaN or +inf, is dropped from the policy term, keeps its place in the counts, and is counted in
-    metrics["nonfinite_tokens"]. No synchronisation.
+    """The loss whose gradient is -sum_t k_t a_t grad logp_t, for the a_t that `rule` gives: a `TokenObjective` of a bare rule.
 
     Args:
         name: what error messages call the objective.
         rule: TokenBatch -> TokenTerms.
-        stats: from `token_stats`. logp is differentiated through, and entropy where there is a bonus.
-        behavior_logp: log mu of each token as the sampler recorded it, the shape of stats.logp.
-        advantages: A_i [B], or A_t in the shape of stats.logp. Constants.
-        segments: which tokens belong to which sequence, and which count.
-        aggregation: "seq-mean-token-mean" | "seq-mean-token-sum" | "seq-mean-token-sum-norm" | "token-mean".
-        proximal_logp: log pi_prox of each token, the policy that log_ratio is taken against. None: the behaviour policy.
-        correction: weights pi_prox/mu before the policy term; needs proximal_logp.
-        common: see `CommonTerms`.
+        stats, behavior_logp, advantages, segments, aggregation: as of a `TokenObjective`, which says what all this gives.
+        proximal_logp, correction, common: see `ObjectiveTerms`.
 
     Returns:
         ObjectiveOutput.
@@ -131,7 +119,7 @@ def build_objective(
     behavior_logp: Tensor,
     advantages: Tensor,
     segments: Segments,
-    common: CommonTerms,
+    common: Mapping[str, Any],
     *,
     aggregation: str,
     proximal_logp: Tensor | None = None,
