@@ -312,6 +312,27 @@ def test_compiles_without_a_graph_break(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", sorted({OBJECTIVES[n].function.__name__ for n in NAMES}))
+def test_functions_compile_with_hyperparameters_of_the_call(name: str) -> None:
+    """Of the values that a call makes, the compiler sees through the making as well."""
+    batch = ragged.make("padded")
+
+    def loss(logp: Tensor, mu: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        segments = vk.Segments.padded(mask)
+        out = getattr(objectives, name)(
+            stats_of(logp, shifted=True), mu, advantages, segments, aggregation="token-mean"
+        )
+        again = OBJECTIVES[name if name in OBJECTIVES else "dapo"](
+            stats_of(logp), mu, advantages, segments, aggregation="seq-mean-token-sum"
+        )
+        return out.loss + again.loss
+
+    arguments = (batch.stats().logp.detach().float(), batch.mu.float(), batch.advantages.float(), ~batch.mu.isnan())
+    torch._dynamo.reset()  # so many compilations of one function would be too many
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), loss(*arguments))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_single_precision_stays_on_the_kernels_for_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, a float64 segment op would fall back to the reference, which synchronises."""

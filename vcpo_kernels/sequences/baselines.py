@@ -178,11 +178,11 @@ def check_rewards(check: Check, rewards: Tensor, valid: Tensor) -> None:
         )
 
 
-def check_norms(check: Check, name: str, norms: Tensor, taking_part: Tensor) -> None:
+def check_norms(check: Check, name: str, norms: Tensor, in_loss: Tensor) -> None:
     """On the CPU, a squared norm that is negative or not finite is an error, unless its sequence is out of the loss anyway."""
     if not checks.readable(norms):
         return
-    bad = taking_part & ~((norms >= 0) & (norms < math.inf))
+    bad = in_loss & ~((norms >= 0) & (norms < math.inf))
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         raise check.value_error(
