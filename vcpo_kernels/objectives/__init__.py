@@ -15,7 +15,7 @@ from vcpo_kernels.objectives.advantages import (
 )
 from vcpo_kernels.objectives.build import TokenTerms, objective_from_coefficients
 from vcpo_kernels.objectives.clipped import CISPO, PPOClip
-from vcpo_kernels.objectives.common import CommonTerms
+from vcpo_kernels.objectives.common import CommonTerms, ObjectiveTerms
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.functions import (
     cispo,
@@ -72,6 +72,7 @@ __all__ = [
     "IcePop",
     "Objective",
     "ObjectiveOutput",
+    "ObjectiveTerms",
     "PPOClip",
     "Reinforce",
     "SequenceMaskedIS",

@@ -193,7 +193,9 @@ def _policy(
     a = rule.coefficients.detach().double()
     v = times(a, tokens.logp.double()) if rule.values is None else rule.values.detach().double()
     metrics = dict(rule.metrics)
-    ok = tokens.valid & (tokens.log_ratio < math.inf) if rule.uses_ratio else tokens.valid
+    ok = tokens.valid
+    if rule.uses_ratio:
+        ok = ok & (tokens.log_ratio < math.inf)
     per_sequence = rule.per_sequence
     if correction is not None:
         if not isinstance(correction, Correction):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from inspect import Parameter
 from typing import Any, get_type_hints
 
@@ -21,7 +21,7 @@ from vcpo_kernels.sequences.segments import Segments
 
 @functools.cache
 def as_function(method: type[TokenObjective]) -> Callable[..., ObjectiveOutput]:
-    """`method(**hyperparameters)(stats, ..., **terms)` as one call, under the method's name."""
+    """`method(**hyperparameters)(stats, ..., **terms)` as one call, under the method's name. All must have defaults."""
     value = method()
 
     def function(
@@ -33,20 +33,20 @@ def as_function(method: type[TokenObjective]) -> Callable[..., ObjectiveOutput]:
     _, title, arguments = (inspect.getdoc(TokenObjective.__call__) or "").partition("Args:")
     function.__doc__ = f"{inspect.getdoc(method)}\n\n{title}{arguments}"
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        list(_parameters(method)), return_annotation=ObjectiveOutput
+        list(_parameters(value)), return_annotation=ObjectiveOutput
     )
     return function
 
 
-def _parameters(method: type[TokenObjective]) -> Iterator[Parameter]:
+def _parameters(value: TokenObjective) -> Iterator[Parameter]:
     batch = {"stats": TokenStats, "behavior_logp": Tensor, "advantages": Tensor, "segments": Segments}
     for name, kind in batch.items():
         yield Parameter(name, Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
-    defaults = {f.name: Parameter.empty if f.default is MISSING else f.default for f in fields(method)}
+    defaults = {f.name: getattr(value, f.name) for f in fields(value)}
     defaults["aggregation"] = defaults.pop("aggregation")  # the one that all have comes last
-    terms = (*method.proximal_terms, *CommonTerms.__annotations__)
+    terms = (*value.proximal_terms, *CommonTerms.__annotations__)
     defaults |= {name: DEFAULTS.get(name) for name in terms}
-    kinds = get_type_hints(ObjectiveTerms) | get_type_hints(method)
+    kinds = get_type_hints(ObjectiveTerms) | get_type_hints(type(value))
     for name, default in defaults.items():
         yield Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kinds[name])
 

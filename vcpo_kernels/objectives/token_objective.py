@@ -114,7 +114,8 @@ class TokenObjective(ABC):
             TypeError, ValueError: naming the argument; on the CPU also for advantages that are not finite where they count.
         """
         own, common = self.split(terms)
-        for key in own:
+        if own:
+            key = next(iter(own))
             raise self.check.type_error(
                 f"{key} is a hyperparameter, not an argument of a call. Make another value: "
                 f"dataclasses.replace(objective, {key}=...)."
