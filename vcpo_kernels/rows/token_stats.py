@@ -81,12 +81,6 @@ def check_stats(check: Check, stats: object) -> None:
         raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
 
 
-def check_stats(check: Check, stats: object) -> None:
-    """Raise unless `stats` is a TokenStats: its logp alone is what callers pass by mistake."""
-    if not isinstance(stats, TokenStats):
-        raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
-
-
 def token_stats(
     logits: Tensor,
     token_ids: Tensor,
