@@ -90,6 +90,20 @@ def readable(value: Tensor) -> bool:
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def overlaps(value: Tensor) -> bool:
+    """Whether two entries may share memory: each dimension, from the densest on, must step past all that lies within it."""
+    if value.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1
+    ):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
 class Check:
     """The checks of one function, which its errors begin with.
 
@@ -212,10 +226,19 @@ class Check:
                 "Mask padding out (mask = token_ids != pad), or check that tokenizer and head agree on the vocabulary."
             )
 
-    def not_a_leaf(self, name: str, logits: Tensor) -> None:
-        """Raise where an in-place gradient would take the place of a parameter's values."""
-        if logits.requires_grad and logits.is_leaf:
+    def overwritable(self, name: str, logits: Tensor) -> None:
+        """Raise where an in-place gradient would take the place of a parameter's values, or of other entries' gradients."""
+        compiling = torch.compiler.is_compiling()  # where nothing is written in place
+        base = logits if compiling or logits._base is None else logits._base
+        if logits.requires_grad and base.is_leaf and base.requires_grad:
+            through = "" if base is logits else ", of which logits are a view,"
             raise self.value_error(
-                f"{name}=True would overwrite a leaf tensor's values with its gradient. "
+                f"{name}=True would overwrite a leaf tensor's values{through} with its gradient. "
                 f"Pass logits that a module computed, or leave {name}=False."
+            )
+        if not compiling and overlaps(logits):
+            raise self.value_error(
+                f"{name}=True would write several entries' gradients to one memory location: logits of shape "
+                f"{tuple(logits.shape)} have strides {logits.stride()} (expand, unfold, as_strided). "
+                f"Pass logits.clone(), or leave {name}=False."
             )

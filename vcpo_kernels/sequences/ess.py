@@ -13,11 +13,12 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.trees import TensorTree
 from vcpo_kernels.sequences.log_weights import usable
 
 
 @dataclass(frozen=True)
-class EffectiveSampleSize:
+class EffectiveSampleSize(TensorTree):
     """ess in [0, B], ratio = ess / B in [0, 1], both 0-d; moments: see `ess_moments`."""
 
     ess: Tensor

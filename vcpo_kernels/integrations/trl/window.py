@@ -85,7 +85,9 @@ class Window:
         found = b.isfinite()
         baseline = torch.where(found, b, 0.0).sum() / found.sum().clamp(min=1)
         values = torch.cat([self.sequences.metrics.double(), baseline[None]]).tolist()
-        return dict(zip((*METRICS, "baseline_mean"), values, strict=True))
+        of_tokens = ("log_ratio_abs_mean", "log_ratio_negative_fraction")  # which a window's columns do not hold
+        named = zip((*METRICS, "baseline_mean"), values, strict=True)
+        return {name: value for name, value in named if name not in of_tokens}
 
     def token_mean(self, column: str) -> float:
         """Mean over the window's tokens of a summed column. NaN tokens (of dropped sequences) are left out."""
