@@ -49,7 +49,7 @@ class FromElsewhere:
         ("logits", np.zeros((2, 3), np.float32), r"got a float32 ndarray of shape \(2, 3\) \(numpy\). Fix: torch.from_numpy\("),
         ("logits", np.float32(1.0), r"Fix: torch.from_numpy\(logits\)"),
         ("logits", FromElsewhere(), r"Fix: torch.as_tensor\(logits\).$"),
-        ("config.score_norm", [[1.0], [2.0]], r"got \[\[1.0\], \[2.0\]\] \(list\). Fix: torch.as_tensor\(config.score_norm\).$"),
+        ("config.score_norm", [[1.0], [2.0]], r"\(list\). Fix: torch.as_tensor\(config.score_norm\).$"),
         ("the rule's", [1.0, 2.0], r"got \[1.0, 2.0\] \(list\). Fix: torch.as_tensor\(...\).$"),
         ("rewards", 1.0, r"got 1.0 \(float\). Fix: torch.as_tensor\(rewards\).$"),
         ("logits", [ROWS, ROWS], r"got a list of 2 tensors. Fix: torch.stack\(logits\), or .*pad_sequence"),
@@ -86,9 +86,9 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "linear_weighted_logp": (
         vk.linear_weighted_logp, {"hidden": HIDDEN, "weight": WEIGHT, "token_ids": IDS, "coefficients": TOKENS}),
     "vcpo_loss": (
-        vk.vcpo_loss, {"stats": STATS, "behavior_logp": TOKENS, "rewards": SEQUENCES, "groups": 2, "segments": SEGMENTS}),
+        vk.vcpo_loss, {"stats": STATS, "behavior_logp": STATS.logp, "rewards": SEQUENCES, "groups": 2, "segments": SEGMENTS}),
     "sequence_log_weights": (
-        vk.sequence_log_weights, {"logp": STATS.logp, "behavior_logp": TOKENS, "segments": SEGMENTS}),
+        vk.sequence_log_weights, {"logp": STATS.logp, "behavior_logp": STATS.logp, "segments": SEGMENTS}),
     "effective_sample_size": (vk.effective_sample_size, {"log_weights": SEQUENCES}),
     "off_policy_baseline": (
         vk.off_policy_baseline, {"rewards": SEQUENCES, "log_weights": SEQUENCES, "score_sqnorm": SEQUENCES, "groups": 2}),
@@ -98,7 +98,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "Segments.sum": (SEGMENTS.sum, {"values": TOKENS}),
     "Segments.spread": (SEGMENTS.spread, {"per_sequence": SEQUENCES}),
     "grpo": (vk.objectives.ppo_clip, {
-        "stats": STATS, "behavior_logp": TOKENS, "advantages": SEQUENCES, "segments": SEGMENTS}),
+        "stats": STATS, "behavior_logp": STATS.logp, "advantages": SEQUENCES, "segments": SEGMENTS}),
     "advantages": (vk.objectives.group_mean_advantages, {"rewards": SEQUENCES, "groups": 2}),
 }  # fmt: skip
 

@@ -36,9 +36,9 @@ _IDLE = IdleWatch(WHERE, patience=64)
 _SAME_POLICY = (
     "the old log-probabilities have been the trainer's own so far",
     "Where they are recomputed by the trainer they are no sampler's: set rollout.calculate_log_probs=True with "
-    "algorithm.rollout_correction.bypass_mode=True, or take loss_mode=vcpo_decoupled with rollout_correction.rollout_is=sequence "
-    "(docs/verl.md, Settings). Where the sampler is the trainer itself, samples are stale only after ppo_mini_batch_size or "
-    "ppo_epochs made several steps of a batch.",
+    "algorithm.rollout_correction.bypass_mode=True, or take loss_mode=vcpo_decoupled with "
+    "algorithm.rollout_correction.rollout_is=sequence (docs/verl.md, Settings). Where the sampler is the trainer itself, "
+    "samples are stale only after ppo_mini_batch_size or ppo_epochs made several steps of a batch.",
 )
 
 
