@@ -27,7 +27,8 @@ class TokenStats(TensorTree):
 
     logp: log pi(y_t), x_y - lse. Differentiable.
     entropy: -sum_v p_v log p_v, in nats. Differentiable.
-    score_sqnorm: (1 - p_y)^2 + sum_{v != y} p_v^2, the squared norm of d logp / d x. No gradient.
+    score_sqnorm: (1 - p_y)^2 + sum_{v != y} p_v^2, the squared norm of d logp / d x: the 1 - 2 p_y + sum p^2 of
+        arXiv 2602.07078. No gradient.
     lse: log sum_v exp x_v, with x = softcap(logits) / temperature. No gradient.
     shifted: the statistics came from `shift=True`, so entry 0 of each sequence has no prediction and counts nowhere.
     mask: the mask they were taken with (None: all), outside of which they say nothing.
