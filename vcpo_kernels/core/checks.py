@@ -7,6 +7,7 @@ must read tensor data run only where that is free of a device synchronisation: o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -104,6 +105,18 @@ def overlaps(value: Tensor) -> bool:
     return False
 
 
+@functools.cache
+def has_float64(device_type: str) -> bool:
+    """Whether a kind of device computes in float64, which sums over tokens and sequences are kept in."""
+    if device_type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device_type)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
 class Check:
     """The checks of one function, which its errors begin with.
 
@@ -135,6 +148,14 @@ class Check:
         if dtypes is not None and value.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise self.type_error(f"{name} must be one of {wanted}, got {describe(value)}. {fix}")
+
+    def float64(self, name: str, value: Tensor) -> None:
+        """Raise on a device that has no float64 (Apple's MPS): no sum over tokens or sequences can be kept there."""
+        if not has_float64(value.device.type):
+            raise self.type_error(
+                f"{name} is on {value.device}, which has no float64, and sums over tokens and sequences are kept in it. "
+                f"Move it: {name}.cpu()."
+            )
 
     def shape(self, name: str, value: Tensor, want: Sequence[int], because: str, fix: str = "") -> None:
         """Raise unless `value` has exactly the shape `want`."""

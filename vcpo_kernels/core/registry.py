@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 
 from vcpo_kernels.core import installation, measured
+from vcpo_kernels.core.checks import has_float64
 
 ROW_OPS = frozenset({"token_stats", "score_rows"})
 SEQUENCE_OPS = frozenset({"segment_sum", "segment_spread", "vcpo_coefficients"})
@@ -169,6 +170,11 @@ def select(op: str, device: torch.device, dtype: torch.dtype, vocabulary: int = 
 
     Raises RuntimeError naming every backend with its reasons where none, or not the forced one, can.
     """
+    if not has_float64(device.type):
+        raise RuntimeError(
+            f"{op}: {device} has no float64, in which the reference backend computes, and no other backend serves it. Move the "
+            "tensors to the CPU: .cpu()."
+        )
     candidates = ORDER.get(device.type, DEFAULT_ORDER)
     if device.type == "cuda" and measured.MEASURED and measured.cuda_wins(op, dtype, vocabulary, capability(device)):
         candidates = ("cuda", *candidates)

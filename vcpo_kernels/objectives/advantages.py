@@ -25,6 +25,7 @@ class GroupedRewards:
         self, check: Check, rewards: Tensor, groups: int | Tensor, num_groups: int | None, valid: Tensor | None
     ) -> None:
         check.tensor("rewards", rewards)
+        check.float64("rewards", rewards)
         if rewards.dim() != 1:
             raise check.value_error(
                 f"rewards must be [B], got {checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."

@@ -24,6 +24,7 @@ from vcpo_kernels.objectives.tokens import TokenBatch, like_logp, times, token_b
 from vcpo_kernels.rows.token_loss import token_loss
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.aggregation import aggregation_scale, longest_possible
+from vcpo_kernels.sequences.behavior import log_ratio_metrics, warn_of_behavior
 from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
 from vcpo_kernels.sequences.segments import Segments
@@ -40,6 +41,8 @@ METRICS = (
     "nonfinite_tokens",  # dropped: a NaN, an infinite ratio, or an unbounded weight of e^80 and more
     "ratio_mean",  # of exp(log_ratio)
     "approx_kl",  # mean of -log pi/mu, the k1 estimate of KL(mu || pi)
+    "log_ratio_abs_mean",  # of log pi/mu over valid tokens, as the next: what `sequences/behavior.py` reads
+    "log_ratio_negative_fraction",
     "policy_loss",  # the loss without KL penalty and entropy bonus
 )
 
@@ -128,6 +131,7 @@ def build_objective(
     """`objective_from_coefficients`, its common terms as a mapping: what a method does not take cannot slip through it."""
     terms = checked_terms(check, aggregation, common)
     tokens = token_batch(check, stats, behavior_logp, advantages, segments, proximal_logp)
+    warn_of_behavior(check.where, tokens.logp, tokens.behavior_logp, tokens.valid)
     scale = _scale(check, aggregation, terms, tokens)
     policy = _policy(check, rule(tokens), tokens, correction, terms.get("token_weights"))
     value = (scale * policy.values).sum()
@@ -289,6 +293,7 @@ def _metrics(tokens: TokenBatch, policy: _Policy) -> dict[str, Tensor]:
         "nonfinite_tokens": (tokens.valid & ~policy.in_loss).sum().double(),
         "ratio_mean": mean(tokens.ratio),
         "approx_kl": mean(-tokens.log_weight),
+        **log_ratio_metrics(tokens.log_weight, tokens.valid),
         **{key: mean(values.double()) for key, values in policy.metrics.items()},
     }
 

@@ -14,7 +14,7 @@ from vcpo_kernels.core.dtypes import wide
 from vcpo_kernels.objectives.tokens import like_logp
 from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 from vcpo_kernels.sequences.baselines import check_groups, check_rewards, group_baselines, grouped
-from vcpo_kernels.sequences.segments import Segments, check_segments
+from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
 
 
 def optimal_token_advantages(
@@ -69,6 +69,7 @@ def optimal_token_advantages(
     check.same_device("groups", ids, "stats", norms)
     tail = check.boolean("zero_tail", zero_tail)
     weights = None if token_weights is None else like_logp(check, "token_weights", token_weights, segments, norms)
+    check_seen(check, segments, stats)
     walk = _Walk(segments.seen_by(stats), norms.numel())
     gathered = norms.double() if weights is None else norms.double() * weights.double().square()
     gathered = torch.where(walk.valid, gathered[walk.order], 0.0)

@@ -17,7 +17,7 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import widened
 from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
-from vcpo_kernels.sequences.segments import Segments, check_segments
+from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
 
 
 def exp_or_drop(log_values: Tensor) -> Tensor:
@@ -80,6 +80,12 @@ class TokenBatch:
         return self.sequence_sum((flags & self.valid).to(self.logp.dtype)) > 0
 
     @property
+    def mask(self) -> Tensor | None:
+        """Deprecated: `valid`, or `segments.mask`."""
+        warnings.warn("TokenBatch.mask is segments.mask; mask goes with the next version.", DeprecationWarning, 2)
+        return self.segments.mask
+
+    @property
     def live(self) -> Tensor:
         """Deprecated: `valid`."""
         warnings.warn("TokenBatch.live is called valid; live goes with the next version.", DeprecationWarning, 2)
@@ -102,6 +108,7 @@ def token_batch(
     check_stats(check, stats)
     # In fp32 the segment ops stay on a GPU's own kernels, which float64 has not.
     logp = widened(segments.flat(check, "stats", stats.logp)).detach()
+    check_seen(check, segments, stats)
     segments = segments.seen_by(stats)
     valid = segments.valid(logp.numel())
 

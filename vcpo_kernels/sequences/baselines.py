@@ -148,6 +148,7 @@ def off_policy_baseline(
     """
     check = Check("off_policy_baseline")
     check.tensor("rewards", rewards, (torch.float32, torch.float64), "Convert it: rewards.float().")
+    check.float64("rewards", rewards)
     if rewards.dim() != 1:
         raise check.value_error(
             f"rewards must be [B], got {checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."

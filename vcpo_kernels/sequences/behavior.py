@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import Tensor
 
 from vcpo_kernels.core import checks
@@ -19,6 +20,16 @@ ONE_SIDED = 0.98  # of the tokens that differ at all
 NOTICEABLE = 5e-3  # nats a token; below, a sampler's own rounding
 
 _said: set[str] = set()
+
+
+def log_ratio_metrics(log_ratio: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """Mean magnitude of log pi - log mu [N] over the tokens that count and have a finite one, and the share of them below 0."""
+    finite = valid & log_ratio.isfinite()
+    count = finite.sum().clamp(min=1).double()
+    return {
+        "log_ratio_abs_mean": torch.where(finite, log_ratio.abs(), 0.0).double().sum() / count,
+        "log_ratio_negative_fraction": (finite & (log_ratio < 0)).sum() / count,
+    }
 
 
 def warn_of_behavior(where: str, logp: Tensor, behavior_logp: Tensor, valid: Tensor) -> None:

@@ -74,6 +74,7 @@ def effective_sample_size(log_weights: Tensor, valid: Tensor | None = None) -> E
     """
     check = Check("effective_sample_size")
     check.tensor("log_weights", log_weights, (torch.float32, torch.float64), "Convert it: log_weights.float().")
+    check.float64("log_weights", log_weights)
     if log_weights.dim() != 1:
         raise check.value_error(f"log_weights must be [B], got {checks.describe(log_weights)}.")
     if valid is not None:
