@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,22 @@ class RowInputs:
     logits: Tensor
     token_ids: Tensor
     g: Tensor
+
+
+class _Computed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.new_empty(0).set_(leaf.detach())  # type: ignore[call-overload, no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def computed(leaf: Tensor) -> Tensor:
+    """In the leaf's memory, what in-place work takes for a module's output: it refuses leaves and their views."""
+    out: Tensor = _Computed.apply(leaf)
+    return out
 
 
 def make_inputs(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> RowInputs:
@@ -128,7 +145,7 @@ def ours_backward(x: RowInputs) -> Tensor:
 
 def ours_inplace(x: RowInputs) -> Tensor:
     """The gradient over the logits themselves. What it does to them is undone by nobody: give it a copy."""
-    z = x.logits.detach().requires_grad_().view_as(x.logits)
+    z = computed(x.logits.detach().requires_grad_())
     return torch.autograd.grad(vk.token_stats(z, x.token_ids, inplace_backward=True).logp, z, x.g)[0]
 
 
@@ -144,7 +161,7 @@ def score_rows(x: RowInputs) -> Tensor:
 def weighted_logp(x: RowInputs) -> Tensor:
     """The public function and its backward, over the logits."""
     leaf = x.logits.detach().requires_grad_()
-    loss, _ = vk.weighted_logp(leaf.view_as(leaf), x.token_ids, x.g, inplace=True)
+    loss, _ = vk.weighted_logp(computed(leaf), x.token_ids, x.g, inplace=True)
     return torch.autograd.grad(loss, leaf)[0]
 
 

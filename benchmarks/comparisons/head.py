@@ -68,7 +68,7 @@ def weighted_on_logits(clock: Clock, count: int, vocabulary: int, dtype: torch.d
 
     def gradient(inplace: bool, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
         leaf = (scratch if inplace else x.logits).detach().requires_grad_()
-        return torch.autograd.grad(loss_of(leaf.view_as(leaf)), leaf)[0]
+        return torch.autograd.grad(loss_of(rows.computed(leaf)), leaf)[0]
 
     def two_passes(inplace: bool) -> Tensor:
         return gradient(inplace, lambda z: (vk.token_stats(z, x.token_ids, inplace_backward=inplace).logp * x.g).sum())
