@@ -16,19 +16,61 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TRANSPARENT = ("torch._subclasses.", "torch.distributed._functional_collectives")
 
 
 def describe(value: Any) -> str:
     """Short text for an error: a tensor by dtype, shape and device, anything else by its repr, cut short."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+        kind = "tensor" if type(value) in _PLAIN else type(value).__name__
+        return f"a {str(value.dtype).removeprefix('torch.')} {kind} of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)
     return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def is_sharded(value: Tensor) -> bool:
+    """Whether this rank holds a part of it alone: a DTensor, or what ZeRO-3 or FSDP leaves of a parameter between forwards."""
+    return hasattr(value, "full_tensor") or _is_partitioned(value) or _is_freed(value)
+
+
+def _is_partitioned(value: Tensor) -> bool:
+    return hasattr(value, "ds_id") and value.numel() == 0
+
+
+def _is_freed(value: Tensor) -> bool:
+    """Entries without memory behind them, which no kernel may touch."""
+    if torch.compiler.is_compiling() or value.device.type not in ("cpu", "cuda") or value.layout != torch.strided:
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return not wrapped and value.numel() > 0 and value.untyped_storage().nbytes() == 0
+
+
+def _is_own_arithmetic(value: Tensor) -> bool:
+    """A subclass whose values are not what lies in its memory. Not those of torch's tracers, nor one awaiting its values."""
+    kind = type(value)
+    if kind in _PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return False
+    return not kind.__module__.startswith(_TRANSPARENT)
 
 
 def readable(value: Tensor) -> bool:
     """True where a check may look at the data: a real CPU tensor, not inside torch.compile."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _whole(name: str) -> str:
+    """How to have all of a DTensor, with the right gradient: that of a whole copy is taken for every rank's own."""
+    if "weight" in name or "bias" in name:
+        return (
+            "Call inside the forward of the module that gathers it (FSDP2), or pass weight.full_tensor(grad_placements="
+            '[Partial("avg")]) where each rank has its own tokens, weight.full_tensor() where all have the same (tensor '
+            "parallelism)."
+        )
+    return (
+        f"Pass {name}.full_tensor() where every rank has the same tokens, or {name}.to_local() beside this rank's part of the "
+        "other arguments where it is sharded by tokens."
+    )
 
 
 class Check:
@@ -58,9 +100,34 @@ class Check:
         """Raise unless `value` is a tensor of one of `dtypes`."""
         if not isinstance(value, Tensor):
             raise self.type_error(f"{name} must be a torch.Tensor, got {describe(value)}. {fix}")
+        self.plain(name, value)
         if dtypes is not None and value.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise self.type_error(f"{name} must be one of {wanted}, got {describe(value)}. {fix}")
+
+    def plain(self, name: str, value: Tensor) -> None:
+        """Raise unless all values of a tensor are on this rank, in memory, as its dtype and strides say."""
+        if hasattr(value, "full_tensor"):
+            raise self.type_error(f"{name} is a DTensor, of which this rank holds a part. {_whole(name)}")
+        if _is_partitioned(value):
+            whole = tuple(getattr(value, "ds_shape", ()))
+            raise self.type_error(
+                f"{name} is DeepSpeed ZeRO-3's, of whole shape {whole}, not gathered on this rank. Call inside the forward of "
+                f"the module that it belongs to, or under deepspeed.zero.GatheredParameters."
+            )
+        if _is_freed(value):
+            raise self.type_error(
+                f"{name}, {describe(value)}, has no memory: FSDP has freed it until a forward gathers it. Call inside the "
+                "forward of the module that it belongs to, or keep it (reshard_after_forward=False)."
+            )
+        if _is_own_arithmetic(value):
+            raise self.type_error(
+                f"{name} is a tensor subclass, {type(value).__module__}.{type(value).__qualname__} (quantised, nested or "
+                f"masked?), whose values the kernels cannot read. Pass a plain torch.Tensor, such as {name}.dequantize(), "
+                "or leave the module out of quantisation."
+            )
+        if value.layout != torch.strided:
+            raise self.type_error(f"{name} has layout {value.layout}, wanted a strided tensor. Pass {name}.to_dense().")
 
     def shape(self, name: str, value: Tensor, want: Sequence[int], because: str, fix: str = "") -> None:
         """Raise unless `value` has exactly the shape `want`."""
