@@ -135,7 +135,7 @@ class PatchedHead:
 
     def __init__(self, model: nn.Module, head: nn.Module) -> None:
         self._model, self._head = model, head
-        self._calls: list[tuple[TracedLogits, Parameter, Parameter]] = []
+        self._calls: list[tuple[Parameter, Parameter]] = []
         self._original, self._head_forward = model.forward, head.forward
         # A head of another class, or with a forward of its own, ends in F.linear too; what it does besides is traced.
         self._plain = _is_plain(head) and "forward" not in head.__dict__
@@ -184,8 +184,23 @@ class PatchedHead:
         kind = input.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         logits = TracedLogits(type(self._model).__name__, input, weight, bias, dtype, declared_factors(self._model))
-        self._calls.append((logits, self._parameter(weight), self._parameter(bias)))
+        self._calls.append((self._parameter(weight), self._parameter(bias)))
         return logits
+
+    def _operands(self, logits: TracedLogits) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that these logits are made with."""
+        parameters = self._calls[0]
+        own = [parameter() for parameter in parameters]
+        Check("patch_head").plain("the head's weight", own[0])
+        used = logits.of_head(*own)
+        deferral = deferred.deferral_of(*own)
+        for mine, its in zip(own, used, strict=True):
+            if deferral is not None and mine is not None and mine is not its and deferral.defers(mine):
+                raise RuntimeError(
+                    f"patch_head: {type(self._model).__name__} uses a part of its head, or adds to its bias, and "
+                    "SequenceGradients has no rule for that. Use token_stats on the model's logits."
+                )
+        return used
 
     def _parameter(self, given: Tensor | None) -> Parameter:
         """How to ask for it after the forward, during which SequenceGradients has stand-ins in the parameters' places."""
@@ -218,10 +233,7 @@ class PatchedHead:
                     "return_dict=False outside the patch."
                 )
             output.logits = None
-            weight, bias = (parameter() for parameter in self._calls[0][1:])
-            Check("patch_head").plain("the head's weight", weight)
-            weight, bias = logits.of_head(weight, bias)
-            return HeadOutput(logits.hidden, weight, bias, *logits.softcap_and_scale(), output)
+            return HeadOutput(logits.hidden, *self._operands(logits), *logits.softcap_and_scale(), output)
         finally:
             self._calls.clear()
 

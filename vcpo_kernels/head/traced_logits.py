@@ -40,7 +40,7 @@ class TracedLogits:
         self.hidden, self.entries = hidden, slice(0, len(weight))
         self.added: Tensor | None = None
         self.factor: Tensor | None = None
-        self.before, self.after, self.tanh = Fraction(1), Fraction(1), False
+        self.before, self.after, self._capped = Fraction(1), Fraction(1), False
         self.dtype, self.device = dtype, hidden.device
         self._shares_memory = False
 
@@ -54,7 +54,7 @@ class TracedLogits:
 
     def softcap_and_scale(self) -> tuple[float | None, float]:
         """logits = softcap(scale * z): after * tanh(before z) = c tanh(s z / c) with c = after, s = before * after."""
-        if not self.tanh:
+        if not self._capped:
             return None, float(self.before)
         return float(self.after), float(self.before * self.after)
 
@@ -141,11 +141,11 @@ class TracedLogits:
                 "config.logit_scale, or use token_stats on its logits."
             )
         factor = 1 / Fraction(number) if inverse else Fraction(number)
-        return self._but(after=self.after * factor) if self.tanh else self._but(before=self.before * factor)
+        return self._but(after=self.after * factor) if self._capped else self._but(before=self.before * factor)
 
     def _folded(self, other: Tensor) -> Any:
         """One number, or one a row: as well multiplied into hidden, where it takes its gradient too."""
-        if self.tanh or not other.is_floating_point() or (other.dim() > 0 and other.device != self.device):
+        if self._capped or not other.is_floating_point() or (other.dim() > 0 and other.device != self.device):
             return NotImplemented
         dtype = _promoted(self.dtype, other)
         if other.numel() == 1 and other.dim() <= self.ndim:
@@ -162,7 +162,7 @@ class TracedLogits:
 
     def _plus(self, other: Any) -> Any:
         """A bias by entry."""
-        if self.tanh or not isinstance(other, Tensor) or not other.is_floating_point() or other.device != self.device:
+        if self._capped or not isinstance(other, Tensor) or not other.is_floating_point() or other.device != self.device:
             return NotImplemented
         width = self.shape[-1]
         if not 0 < other.dim() <= self.ndim or other.shape[-1] != width or other.numel() != width:
@@ -173,8 +173,8 @@ class TracedLogits:
     def _minus(self, other: Any) -> Any:
         return self._plus(-other) if isinstance(other, Tensor) else NotImplemented
 
-    def _capped(self) -> Any:
-        return NotImplemented if self.tanh else self._but(tanh=True)
+    def _cap(self) -> Any:
+        return NotImplemented if self._capped else self._but(_capped=True)
 
     # --- what changes no number ----------------------------------------------------------------------------------------
 
@@ -257,14 +257,15 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("add_", "__iadd__"), _in_place(_T._plus)),
     **dict.fromkeys(("to", "type"), _T._cast),
     **dict.fromkeys(("view", "reshape"), _T._reshaped),
-    "tanh": _T._capped,
-    "tanh_": _in_place(_T._capped),
+    "tanh": _T._cap,
+    "tanh_": _in_place(_T._cap),
     "float": lambda traced: traced._cast(torch.float32),
     "double": lambda traced: traced._cast(torch.float64),
     "half": lambda traced: traced._cast(torch.float16),
     "bfloat16": lambda traced: traced._cast(torch.bfloat16),
     "type_as": lambda traced, other: traced._cast(other.dtype),
     "contiguous": lambda traced: traced,
+    "is_contiguous": lambda traced: True,
     "clone": lambda traced: traced._but(),
     "__getitem__": _T._indexed,
     "size": _T._size,
