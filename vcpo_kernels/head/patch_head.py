@@ -175,10 +175,13 @@ class PatchedHead:
 
     def _remember(self, *args: Any, **kwargs: Any) -> Any:
         if self._plain:
-            head: Any = self._head
-            return self._traced(*args, weight=head.weight, bias=head.bias, **kwargs)
+            return self._of_plain(*args, **kwargs)
         with _Linear(self._traced):
             return self._head_forward(*args, **kwargs)
+
+    def _of_plain(self, input: Tensor) -> TracedLogits:
+        head: Any = self._head
+        return self._traced(input, head.weight, head.bias)
 
     def _traced(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> TracedLogits:
         kind = input.device.type

@@ -162,7 +162,12 @@ class TracedLogits:
 
     def _plus(self, other: Any) -> Any:
         """A bias by entry."""
-        if self._capped or not isinstance(other, Tensor) or not other.is_floating_point() or other.device != self.device:
+        if (
+            self._capped
+            or not isinstance(other, Tensor)
+            or not other.is_floating_point()
+            or other.device != self.device
+        ):
             return NotImplemented
         width = self.shape[-1]
         if not 0 < other.dim() <= self.ndim or other.shape[-1] != width or other.numel() != width:
@@ -202,8 +207,9 @@ class TracedLogits:
         start, stop, step = index[-1].indices(self.shape[-1])
         if step != 1 or stop <= start:
             return NotImplemented
+        leading = (*index[:-1], slice(None))
         return self._view(
-            hidden=self.hidden[(*index[:-1], slice(None))],
+            hidden=self.hidden[leading],
             entries=slice(self.entries.start + start, self.entries.start + stop),
             added=None if self.added is None else self.added[start:stop],
         )
