@@ -20,7 +20,11 @@ CPU = torch.device("cpu")
 
 def machine(root: Path, cgroup: str, mounts: str, files: dict[str, str]) -> Path:
     """A file system of a machine with 8000 MiB available."""
-    proc = {"meminfo": "MemTotal: 16384000 kB\nMemAvailable: 8192000 kB\n", "self/cgroup": cgroup, "self/mountinfo": mounts}
+    proc = {
+        "meminfo": "MemTotal: 16384000 kB\nMemAvailable: 8192000 kB\n",
+        "self/cgroup": cgroup,
+        "self/mountinfo": mounts,
+    }
     for name, text in [*((f"proc/{name}", text) for name, text in proc.items()), *files.items()]:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +179,9 @@ def test_auto_falls_back_where_the_matrix_cannot_be_allocated(no_room: list[tupl
 
 
 def test_fast_as_asked_says_what_to_do(no_room: list[tuple[int, ...]]) -> None:
-    with pytest.raises(torch.OutOfMemoryError, match=r'matrix \[50, 40\] of .* GiB.*memory="lean".*can\'t allocate memory'):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r'matrix \[50, 40\] of .* GiB.*memory="lean".*can\'t allocate memory'
+    ):
         vk.linear_token_stats(*inputs(), memory="fast")
 
 
