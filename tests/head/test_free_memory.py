@@ -141,9 +141,8 @@ def test_limits_of_the_process(limit: str, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(("fraction", "want"), ((1.0, 6), (0.5, 3)))
 def test_fraction_of_a_gpu(fraction: float, want: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """10 in all, 5 free at the driver, 3 reserved of which 2 are in use."""
-    for name, value in (
-        ("memory_reserved", 3), ("memory_allocated", 2), ("mem_get_info", (5, 10)), ("get_per_process_memory_fraction", fraction),
-    ):  # fmt: skip
+    says = {"memory_reserved": 3, "memory_allocated": 2, "mem_get_info": (5, 10)}
+    for name, value in {**says, "get_per_process_memory_fraction": fraction}.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value, raising=False)
     assert free_memory.free_bytes(torch.device("cuda", 0)) == want
 

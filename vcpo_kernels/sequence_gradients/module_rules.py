@@ -139,8 +139,12 @@ def _probed(module: nn.Module) -> Rule | None:
         or any(p is not None and p.shape != weight.shape for p in module.parameters())
     ):
         return None
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(n, weight.numel(), generator=generator).to(weight) for n in (3, 1))
+    options: dict[str, Any] = {
+        "generator": torch.Generator("cpu").manual_seed(0),
+        "device": "cpu",
+        "dtype": torch.float32,
+    }
+    x, w = (torch.randn(n, weight.numel(), **options).to(weight) for n in (3, 1))
     try:
         zero, one, got = (_with_weight(module, x, value) for value in (0.0, 1.0, w[0].detach()))
     except Exception:  # a norm over other dimensions than the last refuses the probe
