@@ -25,6 +25,8 @@ class Int8(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:  # as nn.Parameter asks
+            return Int8(args[0])
         raise NotImplementedError(f"Int8 has no {func}")
 
 
