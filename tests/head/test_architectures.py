@@ -136,7 +136,7 @@ def compared(model: nn.Module) -> vk.HeadOutput:
         assert isinstance(out, vk.HeadOutput)
         torch.testing.assert_close(got.logp, want.logp, atol=2e-4, rtol=2e-5)
         torch.testing.assert_close(got.lse, want.lse, atol=2e-4, rtol=2e-5)
-        assert float(want.logp.detach().std()) > 0.05, "flat logits would prove nothing"
+        assert float(logits.detach().float().std()) > 0.05, "flat logits would prove nothing"
     return out
 
 
@@ -179,6 +179,8 @@ def small(name: str) -> nn.Module:
     model_class = getattr(transformers, name, None)
     if model_class is None:
         pytest.skip("not in this transformers")
+    if getattr(model_class.config_class, "sub_configs", None):
+        pytest.skip("its sizes are those of several models")
     known = inspect.signature(model_class.config_class.__init__).parameters
     fields = {**known, **vars(model_class.config_class), **getattr(model_class.config_class, "attribute_map", {})}
     sizes = {key: value for key, value in SIZES.items() if key in fields}
