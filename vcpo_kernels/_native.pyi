@@ -4,6 +4,13 @@ cuda: bool
 def isa_available() -> list[str]: ...
 def isa_chosen() -> str: ...
 def isa_choose(name: str) -> None: ...
+def prepare_if_fresh(data: int, bytes: int) -> bool: ...
+
+class Place:
+    @staticmethod
+    def cpu(threads: int) -> Place: ...
+    @staticmethod
+    def cuda(device: int, stream: int) -> Place: ...  # RuntimeError where `cuda` is false
 
 class Rows:
     def __init__(
@@ -17,91 +24,33 @@ class Rows:
         stride_inner: int,
     ) -> None: ...
 
-class Tokens:
-    def __init__(self, ids: int, mask: int, shift: bool) -> None: ...
-
 class Output:
     def __init__(self, data: int, stride_outer: int, stride_inner: int) -> None: ...
 
-def token_stats_forward(
-    rows: Rows,
-    tokens: Tokens,
-    temperature: float,
-    softcap: float,
-    logp: int,
-    entropy: int,
-    score_sqnorm: int,
-    lse: int,
-    threads: int,
-) -> None: ...
+class Tokens:
+    def __init__(self, ids: int, mask: int, shift: bool) -> None: ...
+
+class Scaling:
+    def __init__(self, temperature: float, softcap: float) -> None: ...
+
+class Statistics:
+    def __init__(self, logp: int, entropy: int, score_sqnorm: int, lse: int) -> None: ...
+
+class TokenGradients:
+    def __init__(
+        self, logp: int, entropy: int, lse: int, grad_logp: int, grad_entropy: int, target_logits: int
+    ) -> None: ...
+
+def token_stats_forward(rows: Rows, tokens: Tokens, scaling: Scaling, statistics: Statistics, place: Place) -> None: ...
 def token_stats_backward(
-    out: Output,
-    rows: Rows,
-    tokens: Tokens,
-    temperature: float,
-    softcap: float,
-    logp: int,
-    entropy: int,
-    lse: int,
-    grad_logp: int,
-    grad_entropy: int,
-    target_logits: int,
-    threads: int,
+    out: Output, rows: Rows, tokens: Tokens, scaling: Scaling, gradients: TokenGradients, place: Place
 ) -> None: ...
 def score_rows(
     out: Output,
     rows: Rows,
     tokens: Tokens,
-    temperature: float,
-    softcap: float,
+    scaling: Scaling,
     coefficients: int,
-    logp: int,
-    entropy: int,
-    score_sqnorm: int,
-    lse: int,
-    threads: int,
-) -> None: ...
-def prepare_if_fresh(data: int, bytes: int) -> bool: ...
-
-# Only where `cuda` is true.
-def cuda_token_stats_forward(
-    rows: Rows,
-    tokens: Tokens,
-    temperature: float,
-    softcap: float,
-    logp: int,
-    entropy: int,
-    score_sqnorm: int,
-    lse: int,
-    device: int,
-    stream: int,
-) -> None: ...
-def cuda_token_stats_backward(
-    out: Output,
-    rows: Rows,
-    tokens: Tokens,
-    temperature: float,
-    softcap: float,
-    logp: int,
-    entropy: int,
-    lse: int,
-    grad_logp: int,
-    grad_entropy: int,
-    target_logits: int,
-    device: int,
-    stream: int,
-) -> None: ...
-def cuda_score_rows(
-    out: Output,
-    rows: Rows,
-    tokens: Tokens,
-    temperature: float,
-    softcap: float,
-    coefficients: int,
-    logp: int,
-    entropy: int,
-    score_sqnorm: int,
-    lse: int,
-    device: int,
-    stream: int,
+    statistics: Statistics,
+    place: Place,
 ) -> None: ...

@@ -142,7 +142,7 @@ def _outer_sqnorm(dtype: str, launch: OuterLaunch) -> Iterator[Kernel]:
     types: dict[str, str | None] = {"partial_ptr": "*fp32", "left_ptr": f"*{dtype}", "right_ptr": f"*{dtype}"}
     types |= {"offsets_ptr": "*i64"} | dict.fromkeys(integers, "i32")
     constants = {"T": launch.tile, "K": launch.depth, "WIDEN": False}
-    for form, function in (("gram", outer_sqnorm.gram_kernel), ("tile", outer_sqnorm.tile_kernel)):
+    for form, function in (("ghost", outer_sqnorm.ghost_kernel), ("instantiated", outer_sqnorm.instantiated_kernel)):
         yield Kernel(f"outer_sqnorm.{form}[{dtype}]", function, types, constants, launch.num_warps)
 
 

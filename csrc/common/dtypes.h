@@ -1,4 +1,5 @@
-// The dtypes of logits, as the bindings number them, with scalar conversions. Vector conversions are in simd_*.inc.
+// The dtypes of logits, as the bindings number them, with scalar conversions. Vector conversions are in
+// cpu/row_kernels_*.cpp.
 #pragma once
 
 #include <cstdint>

@@ -24,6 +24,18 @@ struct TokenGradient {
   float logp, entropy, lse, g, h;
 };
 
+// Those of all tokens, in arrays. grad_logp and grad_entropy may be null: 0. target_logits, where not null: the rows
+// hold a block of their vocabulary, ids count from its first entry, one outside [0, vocabulary) lies in another block,
+// and the sampled token's logit is given.
+struct TokenGradients {
+  const float *logp, *entropy, *lse, *grad_logp, *grad_entropy, *target_logits;
+
+  // known: whether the token's id is one of the vocabulary, in the row or in another block of it.
+  VCPO_HOST_DEVICE TokenGradient of(std::int64_t at, bool known, float g, float h) const {
+    return {known ? logp[at] : NAN, entropy[at], lse[at], g, h};
+  }
+};
+
 // z_y: the sampled token's logit. y: its index in the row, -1 where it is not in sight. log2 p_v needs lse to more
 // digits than fp32 gives it where |lse| is large. u_y - logp has them, unless logp itself is large: the smaller of the
 // two numbers was rounded less. A NaN logp makes the whole row NaN.

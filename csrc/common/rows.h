@@ -27,7 +27,7 @@ struct Output {
 struct Tokens {
   const std::int64_t* ids;
   const std::uint8_t* mask;
-  bool shift;  // the logits row (o, i) predicts token (o, i + 1); entry (o, 0) has no prediction
+  bool shift;  // the logits row (o, i) predicts token (o, i + 1); token (o, 0) has no prediction
 };
 
 // x = softcap tanh(z / softcap) / temperature; softcap 0: none.
@@ -46,13 +46,13 @@ VCPO_HOST_DEVICE inline RowScale row_scale(const Scaling& s) {
   return {static_cast<float>(cap * kLog2e / s.temperature), s.softcap > 0 ? 1.0f / s.softcap : 0.0f, s.softcap > 0};
 }
 
-// Where logits row (o, i) finds its token, and whether that token counts.
-struct Entry {
+// Where logits row (o, i) finds its token in the token-sized arrays, and whether that token counts.
+struct Token {
   std::int64_t at;
-  bool live;
+  bool valid;
 };
 
-VCPO_HOST_DEVICE inline Entry entry_of(const Rows& rows, const Tokens& tokens, std::int64_t o, std::int64_t i) {
+VCPO_HOST_DEVICE inline Token token_of(const Rows& rows, const Tokens& tokens, std::int64_t o, std::int64_t i) {
   std::int64_t t = i;
   bool predicted = true;
   if (tokens.shift) {

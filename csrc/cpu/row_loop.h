@@ -9,7 +9,7 @@
 #include "flush_denormals.h"
 #include "huge_pages.h"
 #include "isa.h"
-#include "rows.h"
+#include "row_kernels.h"
 
 namespace vcpo {
 

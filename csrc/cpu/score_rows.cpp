@@ -1,5 +1,3 @@
-#include "score_rows.h"
-
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -8,6 +6,7 @@
 #include <omp.h>
 #endif
 
+#include "../row_ops.h"
 #include "row_loop.h"
 
 namespace vcpo {
@@ -50,30 +49,30 @@ class Scratch {
 }  // namespace
 
 void score_rows(const Output& out, const Rows& rows, const Tokens& tokens, const Scaling& scaling,
-                const float* coefficients, float* logp, float* entropy, float* score_sqnorm, float* lse, int threads) {
+                const float* coefficients, const StatisticsOut& statistics, const CpuPlace& place) {
   const RowKernels& kernel = kernels();
   const int dtype = static_cast<int>(rows.dtype);
   const RowScale scale = row_scale(scaling);
-  const WritePlan plan = write_plan(out, rows, threads);
-  const Scratch scratch(kernel, rows.vocabulary, std::max(threads, 1));
-  for_each_row(rows, threads, plan.chunk_bytes, [&](std::int64_t o, std::int64_t i) {
-    const Entry entry = entry_of(rows, tokens, o, i);
+  const WritePlan plan = write_plan(out, rows, place.threads);
+  const Scratch scratch(kernel, rows.vocabulary, std::max(place.threads, 1));
+  for_each_row(rows, place.threads, plan.chunk_bytes, [&](std::int64_t o, std::int64_t i) {
+    const Token token = token_of(rows, tokens, o, i);
     char* d = output_at(out, rows.dtype, o, i);
-    RowStatistics stats{0.0f, 0.0f, 0.0f, 0.0f};
+    RowStatistics stats{};
     float c = 0.0f;
-    if (entry.live) {
+    if (token.valid) {
       const Kept kept = scratch.of_this_thread();
       const char* row = row_at(rows, o, i);
-      const std::int64_t y = tokens.ids[entry.at];
+      const std::int64_t y = tokens.ids[token.at];
       const bool known = y >= 0 && y < rows.vocabulary;
-      c = coefficients != nullptr ? coefficients[entry.at] : 1.0f;
+      c = coefficients != nullptr ? coefficients[token.at] : 1.0f;
       stats = c != 0.0f ? kernel.keeping_forward[dtype](row, rows.vocabulary, known ? y : 0, scale, kept)
                         : kernel.forward[dtype](row, rows.vocabulary, known ? y : 0, scale);
-      if (!known) stats.logp = stats.score_sqnorm = NAN;
+      if (!known) stats.forget_token();
       if (c != 0.0f) {
         const double z = known ? element(row, rows.dtype, y) : NAN;
-        const TokenGradient token{stats.logp, stats.entropy, stats.lse, c, 0.0f};
-        const RowGradient gradient = row_gradient(z, known ? y : -1, token, scaling, scale);
+        const TokenGradient saved{stats.logp, stats.entropy, stats.lse, c, 0.0f};
+        const RowGradient gradient = row_gradient(z, known ? y : -1, saved, scaling, scale);
         if (std::isnan(stats.logp)) {  // the forward may have stopped on the way
           kernel.backward[dtype](d, row, rows.vocabulary, gradient, scale, plan.stream);
         } else {
@@ -82,10 +81,7 @@ void score_rows(const Output& out, const Rows& rows, const Tokens& tokens, const
       }
     }
     if (c == 0.0f) std::memset(d, 0, static_cast<std::size_t>(rows.vocabulary * bytes_of(rows.dtype)));
-    logp[entry.at] = stats.logp;
-    entropy[entry.at] = stats.entropy;
-    score_sqnorm[entry.at] = stats.score_sqnorm;
-    lse[entry.at] = stats.lse;
+    statistics.write(token.at, stats);
   });
 }
 

@@ -43,22 +43,22 @@ VCPO_DEVICE void absorb(RowState<float>& state, float (&z)[kEntries], const RowS
     top = fmaxf(top, z[j]);
   }
   const float u = top * s.scale;
-  if (u > state.ref) {
-    state = shifted(state, u - state.ref);
-    state.ref = u;
+  if (u > state.reference) {
+    state = rebased(state, u - state.reference);
+    state.reference = u;
   }
-  const float from = state.ref == -INFINITY ? 0.0f : state.ref;
+  const float from = state.reference == -INFINITY ? 0.0f : state.reference;
   // Sums of one chunk apart: a long row's error grows with its chunks, not with its entries.
-  float sum = 0, dot = 0, sq = 0;
+  float sum_exp = 0, sum_centred = 0, sum_sq = 0;
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
     const float t = fmaf(z[j], s.scale, -from);
     const float e = device::exp2_fast(t);
-    sum += e;
-    dot = fmaf(fmaxf(t, kExponentFloor), e, dot);
-    sq = fmaf(e, e, sq);
+    sum_exp += e;
+    sum_centred = fmaf(fmaxf(t, kExponentFloor), e, sum_centred);
+    sum_sq = fmaf(e, e, sum_sq);
   }
-  state.sum += sum, state.dot += dot, state.sq += sq;
+  state.sum_exp += sum_exp, state.sum_centred += sum_centred, state.sum_sq += sum_sq;
 }
 
 VCPO_DEVICE float warp_sum(float x) {
@@ -68,35 +68,29 @@ VCPO_DEVICE float warp_sum(float x) {
 }
 
 // All lanes' states as one, which every lane gets, bit for bit the same.
-VCPO_DEVICE RowState<float> warp_merge(const RowState<float>& own) {
-  float ref = own.ref;
+VCPO_DEVICE RowState<float> merged_in_warp(const RowState<float>& own) {
+  float reference = own.reference;
 #pragma unroll
-  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) ref = fmaxf(ref, device::shuffle_xor(ref, lanes));
-  const RowState<float> moved = own.ref == ref ? own : shifted(own, ref - own.ref);
-  return {ref, warp_sum(moved.sum), warp_sum(moved.dot), warp_sum(moved.sq)};
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+    reference = fmaxf(reference, device::shuffle_xor(reference, lanes));
+  const RowState<float> s = own.reference == reference ? own : rebased(own, reference - own.reference);
+  return {reference, warp_sum(s.sum_exp), warp_sum(s.sum_centred), warp_sum(s.sum_sq)};
 }
 
 // One state a lane, of up to 32 that lie in memory.
 template <class At>
-VCPO_DEVICE RowState<float> merge_of(int count, int lane, const At& at) {
-  return warp_merge(lane < count ? at(lane) : empty_row_state<float>());
+VCPO_DEVICE RowState<float> merged_from(int count, int lane, const At& at) {
+  return merged_in_warp(lane < count ? at(lane) : empty_row_state<float>());
 }
 
 // All lanes' states of a block as one, which every thread gets. `warps`: one place a warp in shared memory.
-VCPO_DEVICE RowState<float> block_merge(const RowState<float>& own, RowState<float>* warps, int count, int warp,
-                                        int lane) {
-  const RowState<float> of_warp = warp_merge(own);
+VCPO_DEVICE RowState<float> merged_in_block(const RowState<float>& own, RowState<float>* warps, int count, int warp,
+                                            int lane) {
+  const RowState<float> of_warp = merged_in_warp(own);
   if (lane == 0) warps[warp] = of_warp;
   device::block_sync();
-  return merge_of(count, lane, [&](int w) { return warps[w]; });
+  return merged_from(count, lane, [&](int w) { return warps[w]; });
 }
-
-struct StatisticsOut {
-  float *logp, *entropy, *score_sqnorm, *lse;
-  VCPO_DEVICE void write(std::int64_t at, const RowStatistics& s) const {
-    logp[at] = s.logp, entropy[at] = s.entropy, score_sqnorm[at] = s.score_sqnorm, lse[at] = s.lse;
-  }
-};
 
 // A sampled token: its index in the row (any where the id is not of the vocabulary), its logit.
 struct Target {
@@ -114,8 +108,9 @@ VCPO_DEVICE Target target_of(const T* row, std::int64_t vocabulary, std::int64_t
 template <bool kSoftcap>
 VCPO_DEVICE RowStatistics statistics_of(const RowState<float>& rest, const Target& target, const RowScale& s) {
   const float value = value_of<kSoftcap>(target.z, s);
-  RowStatistics stats = finish(rest, rest.sum == 0 ? value * s.scale : fmaf(value, s.scale, -rest.ref));
-  if (!target.known) stats.logp = stats.score_sqnorm = NAN;
+  const float u = rest.sum_exp == 0 ? value * s.scale : fmaf(value, s.scale, -rest.reference);
+  RowStatistics stats = statistics_of(rest, u);
+  if (!target.known) stats.forget_token();
   return stats;
 }
 

@@ -2,8 +2,8 @@
 
 #include <type_traits>
 
+#include "../row_ops.h"
 #include "launch.cuh"
-#include "row_ops.h"
 
 namespace vcpo {
 namespace {
@@ -42,18 +42,15 @@ bool launch_cluster(const Purpose& purpose, const Device& device, cudaStream_t s
 
 }  // namespace
 
-namespace cuda {
-
 void score_rows(const Output& out, const Rows& rows, const Tokens& tokens, const Scaling& scaling,
-                const float* coefficients, float* logp, float* entropy, float* score_sqnorm, float* lse,
-                const Queue& queue) {
+                const float* coefficients, const StatisticsOut& statistics, const CudaPlace& place) {
   if (rows.outer * rows.inner == 0) return;
   const Purpose purpose{"score_rows", rows};
-  const Device device = device_of(queue.device, purpose);
+  const Device device = device_of(place.device, purpose);
   const bool aligned = is_aligned(rows) && is_aligned(out, rows.dtype);
-  const cudaStream_t stream = static_cast<cudaStream_t>(queue.stream);
+  const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
   const RowScale scale = row_scale(scaling);
-  const Arguments a{out, tokens, scaling, scale, coefficients, {logp, entropy, score_sqnorm, lse}};
+  const Arguments a{out, tokens, scaling, scale, coefficients, statistics};
   with_type(rows.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_flag(scale.softcap, [&](auto softcap) {
@@ -65,5 +62,4 @@ void score_rows(const Output& out, const Rows& rows, const Tokens& tokens, const
   });
 }
 
-}  // namespace cuda
 }  // namespace vcpo

@@ -18,14 +18,14 @@ namespace vcpo {
 
 VCPO_DEVICE RowGradient score_gradient(const Target& target, const RowStatistics& stats, float c,
                                        const Scaling& scaling, const RowScale& scale) {
-  const TokenGradient token{stats.logp, stats.entropy, stats.lse, c, 0.0f};
-  return row_gradient(target.z, target.known ? target.y : -1, token, scaling, scale);
+  const TokenGradient saved{stats.logp, stats.entropy, stats.lse, c, 0.0f};
+  return row_gradient(target.z, target.known ? target.y : -1, saved, scaling, scale);
 }
 
 // coefficients may be null: all 1.
-VCPO_DEVICE float coefficient_of(const float* coefficients, const Entry& entry) {
-  if (!entry.live) return 0.0f;
-  return coefficients != nullptr ? coefficients[entry.at] : 1.0f;
+VCPO_DEVICE float coefficient_of(const float* coefficients, const Token& token) {
+  if (!token.valid) return 0.0f;
+  return coefficients != nullptr ? coefficients[token.at] : 1.0f;
 }
 
 // One block a row, which it reads twice.
@@ -38,26 +38,26 @@ score_rows_kernel(const Output out, const Rows rows, const Tokens tokens, const 
   constexpr int kWarps = Stream::kWarps;
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
   const Position position = position_of(rows, device::block());
-  const Entry entry = entry_of(rows, tokens, position.outer, position.inner);
+  const Token token = token_of(rows, tokens, position.outer, position.inner);
   const RowPart<C> part(rows.vocabulary, 0, rows.vocabulary / C::kSize, true, warp, kWarps);
   T* row_out = output_at<T>(out, position);
-  const float c = coefficient_of(coefficients, entry);
-  if (!entry.live) {
-    if (device::thread() == 0) statistics.write(entry.at, {0.0f, 0.0f, 0.0f, 0.0f});
+  const float c = coefficient_of(coefficients, token);
+  if (!token.valid) {
+    if (device::thread() == 0) statistics.write(token.at, {});
     return write_zeros<C>(row_out, rows.vocabulary, part, lane);
   }
   char* shared = device::shared_memory();
   const T* row = row_at<T>(rows, position);
   const Stream stream(shared, row, rows.vocabulary / Stream::C::kSize, warp, lane);
   stream.start();
-  const Target target = target_of(row, rows.vocabulary, tokens.ids[entry.at]);
+  const Target target = target_of(row, rows.vocabulary, tokens.ids[token.at]);
   RowState<float>* warps = reinterpret_cast<RowState<float>*>(shared + Stream::kSharedBytes);
   RowGradient* gradient = reinterpret_cast<RowGradient*>(warps + kWarps);
   const RowState<float> rest =
       row_state<Stream, kSoftcap>(stream, row, rows.vocabulary, target.y, scale, warps, warp, lane);
   if (device::thread() == 0) {
     const RowStatistics stats = statistics_of<kSoftcap>(rest, target, scale);
-    statistics.write(entry.at, stats);
+    statistics.write(token.at, stats);
     *gradient = score_gradient(target, stats, c, scaling, scale);
   }
   device::block_sync();  // every warp has read all of its entries, and the target, before any writes in place
@@ -129,22 +129,22 @@ score_rows_cluster_kernel(const Output out, const Rows rows, const Tokens tokens
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
   const int rank = device::cluster_rank(), blocks = device::cluster_size();
   const Position position = position_of(rows, device::block() / blocks);
-  const Entry entry = entry_of(rows, tokens, position.outer, position.inner);
+  const Token token = token_of(rows, tokens, position.outer, position.inner);
   const std::int64_t vocabulary = rows.vocabulary, whole = vocabulary / C::kSize;
   const std::int64_t begin = smaller(static_cast<std::int64_t>(rank) * capacity, whole);
   const std::int64_t end = smaller(begin + capacity, whole);
   const RowPart<C> part(vocabulary, begin, end, rank == blocks - 1, warp, kWarps);
   T* row_out = output_at<T>(out, position);
-  const float c = coefficient_of(coefficients, entry);
-  if (!entry.live) {
-    if (rank == 0 && device::thread() == 0) statistics.write(entry.at, {0.0f, 0.0f, 0.0f, 0.0f});
+  const float c = coefficient_of(coefficients, token);
+  if (!token.valid) {
+    if (rank == 0 && device::thread() == 0) statistics.write(token.at, {});
     return write_zeros<C>(row_out, vocabulary, part, lane);
   }
   char* shared = device::shared_memory();
   const T* row = row_at<T>(rows, position);
   const Slice slice(shared, capacity, row, begin, end, warp, lane);
   slice.start();
-  const Target target = target_of(row, vocabulary, tokens.ids[entry.at]);
+  const Target target = target_of(row, vocabulary, tokens.ids[token.at]);
   RowState<float>* of_block = reinterpret_cast<RowState<float>*>(shared + Slice::bytes(capacity));
   RowState<float>* warps = of_block + 1;
   RowGradient* gradient = reinterpret_cast<RowGradient*>(warps + kWarps);
@@ -163,16 +163,17 @@ score_rows_cluster_kernel(const Output out, const Rows rows, const Tokens tokens
     leave_out<C>(target.y, chunk, lane, z);
     absorb<kSoftcap>(state, z, scale);
   }
-  state = block_merge(state, warps, kWarps, warp, lane);
+  state = merged_in_block(state, warps, kWarps, warp, lane);
   if (device::thread() == 0) *of_block = state;
   device::cluster_sync();  // every block's state is there, and every block has read its slice and the target
-  state = merge_of(blocks, lane, [&](int other) {
+  state = merged_from(blocks, lane, [&](int other) {
+    static_assert(sizeof(RowState<float>) == sizeof(float4), "a further sum takes a second load");
     const float4 s = device::load_of_block(of_block, other);
     return RowState<float>{s.x, s.y, s.z, s.w};
   });
   if (device::thread() == 0) {
     const RowStatistics stats = statistics_of<kSoftcap>(state, target, scale);
-    if (rank == 0) statistics.write(entry.at, stats);
+    if (rank == 0) statistics.write(token.at, stats);
     *gradient = score_gradient(target, stats, c, scaling, scale);
   }
   device::block_sync();    // the gradient's numbers are there: the meeting below orders no memory

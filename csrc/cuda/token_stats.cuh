@@ -30,7 +30,7 @@ VCPO_DEVICE RowState<float> row_state(const Stream& stream, const T* row, std::i
     leave_out<C>(y, chunk, lane, z);
     absorb<kSoftcap>(state, z, scale);
   });
-  return block_merge(state, warps, Stream::kWarps, warp, lane);
+  return merged_in_block(state, warps, Stream::kWarps, warp, lane);
 }
 
 template <class Stream, bool kSoftcap, int kBlocks>
@@ -40,52 +40,45 @@ token_stats_forward_kernel(const Rows rows, const Tokens tokens, const RowScale 
   using T = typename Stream::C::T;
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
   const Position position = position_of(rows, device::block());
-  const Entry entry = entry_of(rows, tokens, position.outer, position.inner);
-  if (!entry.live) {
-    if (device::thread() == 0) out.write(entry.at, {0.0f, 0.0f, 0.0f, 0.0f});
+  const Token token = token_of(rows, tokens, position.outer, position.inner);
+  if (!token.valid) {
+    if (device::thread() == 0) out.write(token.at, {});
     return;
   }
   char* shared = device::shared_memory();
   const T* row = row_at<T>(rows, position);
   const Stream stream(shared, row, rows.vocabulary / Stream::C::kSize, warp, lane);
   stream.start();
-  const Target target = target_of(row, rows.vocabulary, tokens.ids[entry.at]);
+  const Target target = target_of(row, rows.vocabulary, tokens.ids[token.at]);
   RowState<float>* warps = reinterpret_cast<RowState<float>*>(shared + Stream::kSharedBytes);
   const RowState<float> rest =
       row_state<Stream, kSoftcap>(stream, row, rows.vocabulary, target.y, scale, warps, warp, lane);
-  if (device::thread() == 0) out.write(entry.at, statistics_of<kSoftcap>(rest, target, scale));
+  if (device::thread() == 0) out.write(token.at, statistics_of<kSoftcap>(rest, target, scale));
 }
-
-// What was saved of the forward pass, and what arrives; grad_logp, grad_entropy and target_logits may be null.
-// target_logits: the rows hold a block of their vocabulary, and an id outside it lies in another.
-struct BackwardIn {
-  const float *logp, *entropy, *lse, *grad_logp, *grad_entropy, *target_logits;
-};
 
 template <class C, int kWarps, bool kSoftcap, bool kEntropy, int kBlocks>
 VCPO_KERNEL(kWarps* kLanes, kBlocks)
 token_stats_backward_kernel(const Output out, const Rows rows, const Tokens tokens, const Scaling scaling,
-                            const RowScale scale, const BackwardIn in) {
+                            const RowScale scale, const TokenGradients gradients) {
   using T = typename C::T;
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
   const Position position = position_of(rows, device::block());
-  const Entry entry = entry_of(rows, tokens, position.outer, position.inner);
+  const Token token = token_of(rows, tokens, position.outer, position.inner);
   const RowPart<C> part(rows.vocabulary, 0, rows.vocabulary / C::kSize, true, warp, kWarps);
   T* row_out = output_at<T>(out, position);
-  const float g = entry.live && in.grad_logp != nullptr ? in.grad_logp[entry.at] : 0.0f;
-  const float h = kEntropy && entry.live ? in.grad_entropy[entry.at] : 0.0f;
+  const float g = token.valid && gradients.grad_logp != nullptr ? gradients.grad_logp[token.at] : 0.0f;
+  const float h = kEntropy && token.valid ? gradients.grad_entropy[token.at] : 0.0f;
   if (g == 0.0f && h == 0.0f) return write_zeros<C>(row_out, rows.vocabulary, part, lane);
 
   const T* row = row_at<T>(rows, position);
   RowGradient* shared = reinterpret_cast<RowGradient*>(device::shared_memory());
   if (device::thread() == 0) {
-    const std::int64_t id = tokens.ids[entry.at];
-    const bool block = in.target_logits != nullptr;
+    const std::int64_t id = tokens.ids[token.at];
+    const bool block = gradients.target_logits != nullptr;
     const Target target = target_of(row, rows.vocabulary, id);
-    const float z = block ? in.target_logits[entry.at] : target.z;
-    const float logp = target.known || block ? in.logp[entry.at] : NAN;
-    const TokenGradient token{logp, in.entropy[entry.at], in.lse[entry.at], g, h};
-    *shared = row_gradient(z, target.known ? target.y : -1, token, scaling, scale);
+    const float z = block ? gradients.target_logits[token.at] : target.z;
+    const TokenGradient saved = gradients.of(token.at, target.known || block, g, h);
+    *shared = row_gradient(z, target.known ? target.y : -1, saved, scaling, scale);
   }
   device::block_sync();  // in place, the target is read before anything is written
   write_gradient<C>(row_out, row, rows.vocabulary, part, lane, GradientOf<kSoftcap, kEntropy>(*shared, scale));

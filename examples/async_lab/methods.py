@@ -1,22 +1,20 @@
 """The methods under comparison, in a table: objective, baseline, norms, and whether ESS scales the step.
 
 All share the learner, the rollouts of a seed, the normalisation of rewards (by the group's standard deviation) and the
-aggregation (mean over tokens, then over sequences), so that what differs is the method alone. Knobs are those of the
-papers or of the trainers' defaults (`vcpo_kernels.objectives` has the sources). Adding a method is a line in `METHODS`,
-with a function of `vcpo_kernels.objectives` or one of your own of the same form.
+aggregation (mean over tokens, then over sequences), so that what differs is the method alone. Hyperparameters are those of
+the papers or of the trainers' defaults (`vcpo_kernels.objectives` has the sources). Adding a method is a line in `METHODS`,
+with a class of `vcpo_kernels.objectives` or a `TokenObjective` of your own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
 import vcpo_kernels as vk
 from vcpo_kernels import objectives
-from vcpo_kernels.objectives import ObjectiveOutput
+from vcpo_kernels.objectives import ObjectiveOutput, TokenObjective
 
 Output = ObjectiveOutput | vk.VCPOOutput
 MAX_SEQUENCE_WEIGHT = 8.0
@@ -24,14 +22,13 @@ MAX_SEQUENCE_WEIGHT = 8.0
 
 @dataclass(frozen=True)
 class Method:
-    """title: for figures. objective, knobs: of `vcpo_kernels.objectives`, with the group's mean as baseline; objective
-    None: `vk.vcpo_loss`, the off-policy optimal baseline. exact_norms: its gradient norms from `vk.SequenceGradients`,
-    else from the logits. step_rule: of `vk.EssLearningRate`; None: full steps.
+    """title: for figures. objective: with the group's mean as baseline; None: `vk.vcpo_loss`, the off-policy optimal
+    baseline. exact_norms: its gradient norms from `vk.SequenceGradients`, else from the logits. step_rule: of
+    `vk.EssLearningRate`; None: full steps.
     """
 
     title: str
-    objective: Callable[..., ObjectiveOutput] | None = None
-    knobs: Mapping[str, Any] = field(default_factory=dict)
+    objective: TokenObjective | None = None
     exact_norms: bool = False
     step_rule: str | None = None
 
@@ -48,9 +45,7 @@ class Method:
         if self.objective is None:
             config = vk.VCPOConfig(max_weight=MAX_SEQUENCE_WEIGHT, score_norm="logit" if norms is None else norms)
             return vk.vcpo_loss(stats, behavior_logp, rewards, groups, segments, config)
-        advantages = group_advantages(rewards, groups)
-        knobs = {"aggregation": "seq-mean-token-mean", **self.knobs}
-        return self.objective(stats, behavior_logp, advantages, segments, **knobs)
+        return self.objective(stats, behavior_logp, group_advantages(rewards, groups), segments)
 
 
 def group_advantages(rewards: Tensor, groups: int) -> Tensor:
@@ -61,23 +56,21 @@ def group_advantages(rewards: Tensor, groups: int) -> Tensor:
     return (centred / spread.clamp(min=1e-8)).where(spread > 1e-8, 0.0).view(-1)
 
 
-_TRUNCATED: dict[str, Any] = {
-    "objective": objectives.sequence_truncated_is,
-    "knobs": {"max_weight": MAX_SEQUENCE_WEIGHT},
-}
+BY_SEQUENCE = "seq-mean-token-mean"
+_TRUNCATED = objectives.SequenceTruncatedIS(max_weight=MAX_SEQUENCE_WEIGHT)
 METHODS: dict[str, Method] = {
-    "none": Method("no correction", objectives.reinforce),
-    "token-tis": Method("token truncated IS (2)", objectives.token_truncated_is, {"max_weight": 2.0}),
-    "seq-tis": Method("sequence truncated IS (8)", **_TRUNCATED),
-    "seq-mis": Method("sequence masked IS (8)", objectives.sequence_masked_is, {"max_weight": MAX_SEQUENCE_WEIGHT}),
-    "icepop": Method("IcePop (0.5 to 5)", objectives.icepop, {"min_weight": 0.5, "max_weight": 5.0}),
-    "ppo-clip": Method("PPO clip (0.2)", objectives.ppo_clip, {"clip_low": 0.2, "clip_high": 0.2}),
-    "gspo": Method("GSPO (3e-4, 4e-4)", objectives.gspo, {"clip_low": 3e-4, "clip_high": 4e-4}),
-    "cispo": Method("CISPO (5)", objectives.cispo, {"max_ratio": 5.0}),
-    "opsm": Method("OPSM (0.5)", objectives.opsm, {"threshold": 0.5}),
-    "m2po": Method("M2PO (0.04)", objectives.m2po, {"threshold": 0.04}),
-    "topr": Method("TOPR", objectives.topr),
-    "ess": Method("ESS step alone", **_TRUNCATED, step_rule="sqrt"),
+    "none": Method("no correction", objectives.Reinforce()),
+    "token-tis": Method("token truncated IS (2)", objectives.TokenTruncatedIS(max_weight=2.0)),
+    "seq-tis": Method("sequence truncated IS (8)", _TRUNCATED),
+    "seq-mis": Method("sequence masked IS (8)", objectives.SequenceMaskedIS(max_weight=MAX_SEQUENCE_WEIGHT)),
+    "icepop": Method("IcePop (0.5 to 5)", objectives.IcePop(min_weight=0.5, max_weight=5.0, aggregation=BY_SEQUENCE)),
+    "ppo-clip": Method("PPO clip (0.2)", objectives.PPOClip(clip_low=0.2, clip_high=0.2)),
+    "gspo": Method("GSPO (3e-4, 4e-4)", objectives.GSPO(clip_low=3e-4, clip_high=4e-4)),
+    "cispo": Method("CISPO (5)", objectives.CISPO(max_ratio=5.0, aggregation=BY_SEQUENCE)),
+    "opsm": Method("OPSM (0.5)", objectives.OPSM(threshold=0.5)),
+    "m2po": Method("M2PO (0.04)", objectives.M2PO(threshold=0.04, aggregation=BY_SEQUENCE)),
+    "topr": Method("TOPR", objectives.TOPR(aggregation=BY_SEQUENCE)),
+    "ess": Method("ESS step alone", _TRUNCATED, step_rule="sqrt"),
     "opob": Method("OPOB alone, logit norms"),
     "opob-exact": Method("OPOB alone, exact norms", exact_norms=True),
     "vcpo": Method("VCPO, logit norms", step_rule="sqrt"),

@@ -173,6 +173,10 @@ def test_gradient_equals_the_formula_written_out(method: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_methods_differ_in_no_aggregation() -> None:
+    assert {m.objective.aggregation for m in METHODS.values() if m.objective} == {"seq-mean-token-mean"}
+
+
 def test_the_sequence_mask_drops_what_truncation_keeps() -> None:
     lab, batch = stale("seq-mis")
     heavy = torch.tensor([1.0] + [0.0] * 7).unsqueeze(1)  # twelve tokens later: one sequence of weight e^12

@@ -136,6 +136,8 @@ def test_batch_without_valid_tokens_still_reaches_the_logits() -> None:
         ("tensor_model_parallel_size", 2, "the logits are sharded over the vocabulary"),
         ("context_parallel_size", 2, "part of every sequence"),
         ("rollout_top_p", 0.9, "sampled nucleus"),
+        ("rollout_top_k", 20, "tokens kept"),
+        ("rollout_min_p", 0.1, "tokens kept"),
         ("use_tis", True, "counted twice"),
         ("use_opsm", True, "policy_loss"),
         ("use_kl_loss", True, "Put the penalty into the rewards"),

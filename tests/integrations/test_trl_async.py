@@ -76,8 +76,9 @@ def test_an_infinite_weight_drops_its_sample_and_an_unscored_token_weighs_nothin
 
 def test_every_option_of_this_trl_is_in_exactly_one_table() -> None:
     own = {f.name for f in dataclasses.fields(AsyncGRPOConfig)} - {f.name for f in dataclasses.fields(_BaseConfig)}
-    assert options.ASYNC_GRPO.honoured | set(options.ASYNC_GRPO.refused) == own
-    assert not options.ASYNC_GRPO.honoured & set(options.ASYNC_GRPO.refused)
+    tables = [options.ASYNC_GRPO.honoured, set(options.ASYNC_GRPO.refused), set(options.ASYNC_GRPO.limited)]
+    assert set.union(*map(set, tables)) == own
+    assert sum(map(len, tables)) == len(own)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,8 @@ def test_every_option_of_this_trl_is_in_exactly_one_table() -> None:
     [
         ("epsilon", 0.1),
         ("epsilon_high", 0.28),
+        ("top_p", 0.9),
+        ("top_k", 20),
         ("deepspeed", "a.json"),
         ("label_smoothing_factor", 0.1),
         ("optim", "lomo"),

@@ -28,7 +28,10 @@ OTHER: dict[str, Any] = {
     "vllm_importance_sampling_clip_max": 2.0, "vllm_importance_sampling_clip_min": 0.1,
     "vllm_importance_sampling_cap": 2.0, "off_policy_mask_threshold": 0.5,
 }  # fmt: skip
-LIMITED = {"loss_type": ["bnpo", "cispo", "sapo", "luspo", "vespo"], "scale_rewards": ["batch"]}
+LIMITED = {
+    "loss_type": ["bnpo", "cispo", "sapo", "luspo", "vespo"], "scale_rewards": ["batch"],
+    "top_p": [0.95], "top_k": [50], "min_p": [0.1], "repetition_penalty": [1.1], "vllm_structured_outputs_regex": ["yes"],
+}  # fmt: skip
 TRAINING: dict[str, Any] = {
     "torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default",
     "neftune_noise_alpha": 5.0, "deepspeed": "zero2.json", "fsdp": "full_shard", "label_smoothing_factor": 0.1,
@@ -52,6 +55,20 @@ def test_every_option_of_this_trl_is_in_exactly_one_table() -> None:
 def test_an_option_that_is_not_honoured_is_refused_by_name(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"does not honour(.|\n)*{name}='?{value}'?: \S"):
         setup.arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"top_p": 0.9}, {"typical_p": 0.9}, {"bad_words_ids": [[1]]}, {"logit_bias": {1: 2.0}}]
+)
+def test_a_kept_set_hidden_in_generation_kwargs_is_found(tmp_path: Path, setting: dict[str, Any]) -> None:
+    """The sampler's probabilities would be over what it kept: every weight vanishes while ESS reads 1."""
+    (name,) = setting
+    with pytest.raises(ValueError, match=rf"generation_kwargs\['{name}'\]=.*part of the vocabulary"):
+        setup.arguments(tmp_path, generation_kwargs={**setting, "max_new_tokens": 3})
+
+
+def test_sampling_from_the_whole_vocabulary_is_taken_however_it_is_written(tmp_path: Path) -> None:
+    setup.arguments(tmp_path, top_p=1, top_k=-1, min_p=0.0, generation_kwargs={"top_k": 0, "repetition_penalty": 1.0})
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:

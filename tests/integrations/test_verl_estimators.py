@@ -70,6 +70,15 @@ def test_opob_is_the_papers_formula(norms: str, normalize: bool) -> None:
     assert advantages[5].tolist() == [0.0] * 5
 
 
+def test_a_broken_norm_is_that_of_its_sequence_alone() -> None:
+    batch = inputs()
+    batch["sum_pi_squared"][0, 1] = math.nan
+    advantages, _ = plugin.opob(index=UIDS, **batch)
+    assert not advantages[0].any()
+    assert advantages.isfinite().all()
+    assert advantages[2].any()
+
+
 def test_rejected_tokens_keep_their_sequences_reward() -> None:
     """Rejection sampling masks tokens, among them the last, which carries the reward."""
     batch = inputs()

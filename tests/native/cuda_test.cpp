@@ -164,14 +164,14 @@ void run_forward(Batch<typename Stream::C::T>& b, Launch::Order order) {
 template <class C, bool kSoftcap>
 void run_backward(Batch<typename C::T>& b, bool inplace, bool entropy, const float* targets) {
   constexpr int kWarps = vcpo::kBackward.warps;
-  const vcpo::BackwardIn in{b.logp.data(), b.entropy.data(), b.lse.data(), b.g.data(), entropy ? b.h.data() : nullptr,
-                            targets};
+  const vcpo::TokenGradients gradients{
+      b.logp.data(), b.entropy.data(), b.lse.data(), b.g.data(), entropy ? b.h.data() : nullptr, targets};
   const Launch launch{b.kCount, kWarps * vcpo::kLanes, 1, sizeof(vcpo::RowGradient),
                       inplace ? Launch::kBackward : Launch::kForward};
   vcpo::device::run(launch, [&] {
     const auto kernel = entropy ? vcpo::token_stats_backward_kernel<C, kWarps, kSoftcap, true, 1>
                                 : vcpo::token_stats_backward_kernel<C, kWarps, kSoftcap, false, 1>;
-    kernel(b.output(inplace), b.rows(), b.tokens(), b.scaling, b.scale(), in);
+    kernel(b.output(inplace), b.rows(), b.tokens(), b.scaling, b.scale(), gradients);
   });
 }
 
@@ -249,11 +249,12 @@ void check_block_backward() {
     rows.data = b.z.data() + begin, rows.vocabulary = width;
     vcpo::Output out = b.output(false);
     out.data = b.grad.data() + begin;
-    const vcpo::BackwardIn in{b.logp.data(), b.entropy.data(), b.lse.data(), b.g.data(), b.h.data(), b.target.data()};
+    const vcpo::TokenGradients gradients{b.logp.data(), b.entropy.data(), b.lse.data(),
+                                         b.g.data(),    b.h.data(),       b.target.data()};
     const Launch launch{b.kCount, 4 * vcpo::kLanes, 1, sizeof(vcpo::RowGradient), Launch::kForward};
     vcpo::device::run(launch, [&] {
       vcpo::token_stats_backward_kernel<C, 4, false, true, 1>(out, rows, {ids.data(), b.mask.data(), false}, b.scaling,
-                                                              b.scale(), in);
+                                                              b.scale(), gradients);
     });
   }
   for (std::int64_t r = 0; r < b.kCount; ++r)

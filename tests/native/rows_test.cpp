@@ -14,8 +14,7 @@
 #include "../../csrc/common/dtypes.h"
 #include "../../csrc/common/row_state.h"
 #include "../../csrc/cpu/isa.h"
-#include "../../csrc/cpu/score_rows.h"
-#include "../../csrc/cpu/token_stats.h"
+#include "../../csrc/row_ops.h"
 #include "checks.h"
 
 namespace {
@@ -44,10 +43,12 @@ void check_rows(std::int64_t vocabulary, typename Guarded<T>::Side side, float s
   const vcpo::Rows rows{z.data(), dtype_of<T>(), kOuter, kInner, vocabulary, kInner * vocabulary, vocabulary};
   const vcpo::Tokens tokens{ids.data(), mask.data(), false};
   const vcpo::Scaling scaling{0.8f, softcap};
-  vcpo::token_stats_forward(rows, tokens, scaling, logp.data(), entropy.data(), score.data(), lse.data(), threads);
+  vcpo::token_stats_forward(rows, tokens, scaling, {logp.data(), entropy.data(), score.data(), lse.data()},
+                            vcpo::CpuPlace{threads});
   void* out = inplace ? static_cast<void*>(z.data()) : grad.data();
-  vcpo::token_stats_backward({out, kInner * vocabulary, vocabulary}, rows, tokens, scaling, logp.data(), entropy.data(),
-                             lse.data(), g.data(), h.data(), nullptr, threads);
+  vcpo::token_stats_backward({out, kInner * vocabulary, vocabulary}, rows, tokens, scaling,
+                             {logp.data(), entropy.data(), lse.data(), g.data(), h.data(), nullptr},
+                             vcpo::CpuPlace{threads});
 
   const double eps = sizeof(T) == 4 ? 0 : std::is_same_v<T, vcpo::BFloat16> ? 1.0 / 256 : 1.0 / 1024;
   for (std::int64_t r = 0; r < kRows; ++r) {
@@ -104,9 +105,10 @@ void check_scores_and_blocks(std::int64_t vocabulary, typename Guarded<T>::Side 
   const vcpo::Rows rows{z.data(), dtype_of<T>(), 1, kRows, vocabulary, kRows * vocabulary, vocabulary};
   const vcpo::Tokens tokens{ids.data(), mask.data(), false};
   const vcpo::Scaling scaling{0.8f, softcap};
-  vcpo::token_stats_forward(rows, tokens, scaling, logp.data(), entropy.data(), score.data(), lse.data(), 2);
-  vcpo::token_stats_backward({whole.data(), kRows * vocabulary, vocabulary}, rows, tokens, scaling, logp.data(),
-                             entropy.data(), lse.data(), c.data(), nullptr, nullptr, 2);
+  const vcpo::CpuPlace place{2};
+  vcpo::token_stats_forward(rows, tokens, scaling, {logp.data(), entropy.data(), score.data(), lse.data()}, place);
+  vcpo::token_stats_backward({whole.data(), kRows * vocabulary, vocabulary}, rows, tokens, scaling,
+                             {logp.data(), entropy.data(), lse.data(), c.data(), nullptr, nullptr}, place);
   for (const std::int64_t width : {vocabulary, vocabulary / 2 + 1}) {
     for (std::int64_t begin = 0; begin < vocabulary; begin += width) {
       const std::int64_t count = std::min(width, vocabulary - begin);
@@ -118,7 +120,8 @@ void check_scores_and_blocks(std::int64_t vocabulary, typename Guarded<T>::Side 
       }
       const vcpo::Rows part{block.data(), dtype_of<T>(), 1, kRows, count, kRows * count, count};
       vcpo::token_stats_backward({block.data(), kRows * count, count}, part, {in_block.data(), mask.data(), false},
-                                 scaling, logp.data(), entropy.data(), lse.data(), c.data(), nullptr, target.data(), 2);
+                                 scaling, {logp.data(), entropy.data(), lse.data(), c.data(), nullptr, target.data()},
+                                 place);
       for (std::int64_t r = 0; r < kRows; ++r) {
         const T *got = block.data() + r * count, *want = whole.data() + r * vocabulary + begin;
         CHECK(std::memcmp(got, want, static_cast<std::size_t>(count) * sizeof(T)) == 0, "block at %d",
@@ -127,8 +130,8 @@ void check_scores_and_blocks(std::int64_t vocabulary, typename Guarded<T>::Side 
     }
   }
   T* out = inplace ? z.data() : grad.data();
-  vcpo::score_rows({out, kRows * vocabulary, vocabulary}, rows, tokens, scaling, c.data(), logp2.data(),
-                   entropy2.data(), score2.data(), lse2.data(), 2);
+  vcpo::score_rows({out, kRows * vocabulary, vocabulary}, rows, tokens, scaling, c.data(),
+                   {logp2.data(), entropy2.data(), score2.data(), lse2.data()}, place);
   // From the forward's exponentials, not from p: within one rounding of the output, and what p's own rounding costs.
   const double eps = sizeof(T) == 4 ? 0x1p-23 : dtype_of<T>() == vcpo::Dtype::kFloat16 ? 0x1p-10 : 0x1p-8;
   const double subnormal = dtype_of<T>() == vcpo::Dtype::kFloat16 ? 0x1p-24 : 0.0;
@@ -153,18 +156,18 @@ void check_merge() {
   auto single = [](Real v) {
     return v == -INFINITY ? vcpo::empty_row_state<Real>() : vcpo::RowState<Real>{v, 1, 0, 1};
   };
-  for (Real v : u) whole = vcpo::merge(whole, single(v));
-  for (std::size_t i = u.size(); i-- > 0;) pairs = vcpo::merge(single(u[i]), pairs);
+  for (Real v : u) whole = vcpo::merged(whole, single(v));
+  for (std::size_t i = u.size(); i-- > 0;) pairs = vcpo::merged(single(u[i]), pairs);
   std::vector<double> x;
   for (Real v : u) x.push_back(static_cast<double>(v) * vcpo::kLn2);
   x.push_back(5 * vcpo::kLn2);
   const Expected e = expected(x, x.size() - 1);
   for (const auto& state : {whole, pairs}) {
-    const vcpo::RowStatistics stats = vcpo::finish<Real>(state, static_cast<Real>(5) - state.ref);
+    const vcpo::RowStatistics stats = vcpo::statistics_of<Real>(state, static_cast<Real>(5) - state.reference);
     CHECK(close(stats.logp, e.logp, 1e-6) && close(stats.entropy, e.entropy, 1e-6), "merged %g", stats.logp);
     CHECK(close(stats.score_sqnorm, e.score, 1e-6) && close(stats.lse, e.lse, 1e-6), "merged %g", stats.score_sqnorm);
   }
-  const vcpo::RowStatistics alone = vcpo::finish<Real>(vcpo::empty_row_state<Real>(), 4);
+  const vcpo::RowStatistics alone = vcpo::statistics_of<Real>(vcpo::empty_row_state<Real>(), 4);
   CHECK(alone.logp == 0 && alone.entropy == 0 && alone.score_sqnorm == 0, "a row of one entry");
 }
 

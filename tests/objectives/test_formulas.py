@@ -30,9 +30,7 @@ def expand(batch: Batch, by_token: bool) -> list[Tensor]:
 def aggregation_of(case: Case, **override: str) -> str:
     if "aggregation" in override or "aggregation" in case.knobs:
         return override.get("aggregation") or case.knobs["aggregation"]
-    entry = OBJECTIVES[case.name]
-    default: str = entry.function.__kwdefaults__["aggregation"]
-    return entry.knobs.get("aggregation", default)
+    return OBJECTIVES[case.name].value.aggregation
 
 
 def token_losses(case: Case, batch: Batch) -> list[Tensor]:

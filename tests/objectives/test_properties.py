@@ -23,7 +23,7 @@ from vcpo_kernels.rows.token_loss import token_loss
 
 NAMES = sorted(OBJECTIVES)
 NAN, INF = math.nan, math.inf
-WITH_PROXIMAL = [n for n in NAMES if "proximal_logp" in OBJECTIVES[n].function.__kwdefaults__]
+WITH_PROXIMAL = [n for n in NAMES if "proximal_logp" in OBJECTIVES[n].value.proximal_terms]
 
 
 def stats_of(logp: Tensor, entropy: Tensor | None = None, shifted: bool = False) -> vk.TokenStats:
@@ -310,6 +310,27 @@ def test_compiles_without_a_graph_break(name: str) -> None:
         results.append((value, ratio, torch.autograd.grad(value, logp)[0]))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", sorted({OBJECTIVES[n].function.__name__ for n in NAMES}))
+def test_functions_compile_with_hyperparameters_of_the_call(name: str) -> None:
+    """Of the values that a call makes, the compiler sees through the making as well."""
+    batch = ragged.make("padded")
+
+    def loss(logp: Tensor, mu: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        segments = vk.Segments.padded(mask)
+        out = getattr(objectives, name)(
+            stats_of(logp, shifted=True), mu, advantages, segments, aggregation="token-mean"
+        )
+        again = OBJECTIVES[name if name in OBJECTIVES else "dapo"](
+            stats_of(logp), mu, advantages, segments, aggregation="seq-mean-token-sum"
+        )
+        return out.loss + again.loss
+
+    arguments = (batch.stats().logp.detach().float(), batch.mu.float(), batch.advantages.float(), ~batch.mu.isnan())
+    torch._dynamo.reset()  # so many compilations of one function would be too many
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), loss(*arguments))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,12 +16,12 @@ from vcpo_kernels.objectives.common import CommonTerms
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_entries_are_public_functions_with_known_knobs(name: str) -> None:
+def test_entries_are_public_functions_with_known_hyperparameters(name: str) -> None:
     entry = OBJECTIVES[name]
     assert getattr(objectives, entry.function.__name__) is entry.function
     parameters = inspect.signature(entry.function).parameters
     assert list(parameters)[:4] == ["stats", "behavior_logp", "advantages", "segments"]
-    assert set(entry.knobs) <= set(parameters)
+    assert set(entry.hyperparameters) <= set(parameters)
     assert "aggregation" in parameters
     assert entry.title
     assert entry.source
@@ -38,7 +38,7 @@ def test_every_output_has_the_common_metrics(name: str) -> None:
     torch.testing.assert_close(out.metrics["policy_loss"], out.loss.detach())
 
 
-def test_keywords_override_an_entrys_knobs() -> None:
+def test_keywords_override_an_entrys_hyperparameters() -> None:
     batch = ragged.make()
     a, b = (
         OBJECTIVES["dapo"](batch.stats(), batch.mu, batch.advantages, batch.segments, clip_high=0.2).loss,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -216,3 +217,60 @@ def test_unknown_id_reads_nothing_out_of_bounds(native: object) -> None:
     logp, _, score, _ = backend.forward(rows, ids, None, temperature=1.0, softcap=None, shift=False)
     assert logp.isnan().tolist() == [[False, True, True]]
     assert score.isnan().tolist() == [[False, True, True]]
+
+
+# --- gradients in place ----------------------------------------------------------------------------------------------
+
+OVERLAPPING = {
+    "expanded rows": lambda z: z[:1].expand(4, 6),
+    "expanded batch": lambda z: z[None].expand(3, 4, 6),
+    "expanded inside": lambda z: z[:, None].expand(4, 3, 6),
+    "unfolded": lambda z: z.view(-1).unfold(0, 6, 2),
+    "as_strided": lambda z: z.as_strided((3, 6), (5, 1)),
+    "as_strided, no two dimensions merge": lambda z: z.as_strided((2, 2, 2, 3), (7, 4, 2, 1)),
+}
+OWN = {
+    "every second row": lambda z: z[::2],
+    "some entries": lambda z: z[:, 1:4],
+    "transposed batch": lambda z: z.view(2, 2, 6).transpose(0, 1),
+    "one row, stride 0": lambda z: z[:1].as_strided((1, 6), (0, 1)),
+    "no rows": lambda z: z[:0].expand(3, 0, 6),
+}
+
+
+def both_ways(z: torch.Tensor) -> list[tuple[str, Any]]:
+    ids, c = torch.zeros(z.shape[:-1], dtype=torch.int64), torch.ones(z.shape[:-1])
+    return [
+        ("inplace_backward", lambda: vk.token_stats(z, ids, inplace_backward=True).logp.sum()),
+        ("inplace", lambda: vk.weighted_logp(z, ids, c, inplace=True)[0]),
+    ]
+
+
+@pytest.mark.parametrize("view", OVERLAPPING)
+def test_memory_that_entries_share_is_not_written_in_place(view: str) -> None:
+    """Each entry's gradient would overwrite another's; torch's own in-place ops refuse it too."""
+    z = OVERLAPPING[view](torch.randn(4, 6, requires_grad=True) * 1)
+    for name, run_it in both_ways(z):
+        with pytest.raises(
+            ValueError, match=rf"{name}=True would write several entries' gradients to one memory.*clone\(\)"
+        ):
+            run_it()
+
+
+@pytest.mark.parametrize("view", OWN)
+def test_views_of_their_own_memory_are_written_in_place(view: str) -> None:
+    leaf = torch.randn(4, 6, requires_grad=True)
+    z = OWN[view](leaf * 1)
+    (want,) = torch.autograd.grad(vk.token_stats(z, torch.zeros(z.shape[:-1], dtype=torch.int64)).logp.sum(), leaf)
+    for k in range(2):
+        z = OWN[view](leaf * 1)
+        torch.testing.assert_close(torch.autograd.grad(both_ways(z)[k][1](), leaf)[0], want)
+
+
+@pytest.mark.parametrize("view", (lambda z: z[1:], lambda z: z.view(2, 2, 6), lambda z: z[:, 2:]))
+def test_a_view_of_a_leaf_is_refused_as_the_leaf_is(view: Any) -> None:
+    """A parameter's values would be lost through its view."""
+    z = view(torch.randn(4, 6, requires_grad=True))
+    for name, run_it in both_ways(z):
+        with pytest.raises(ValueError, match=rf"{name}=True would overwrite a leaf.*of which logits are a view"):
+            run_it()

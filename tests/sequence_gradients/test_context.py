@@ -193,7 +193,7 @@ def test_fused_head_with_indexed_tokens_and_a_row_without_gradient() -> None:
 
 
 def test_vcpo_end_to_end_is_vcpo_loss_with_the_exact_norms() -> None:
-    """The update of design section 5 is the gradient of the loss that takes the measured norms."""
+    """The update is the gradient of the loss that takes the measured norms."""
     model, (ids, mask) = token_model(), padded()
     seg, rewards = vk.Segments.padded(mask), torch.tensor([1.0, 0.0, 0.25, 0.5])
     mu = vk.token_stats(model(ids), ids, mask, shift=True).logp.detach() + 0.2 * torch.randn(BATCH, LENGTH)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vcpo_kernels.backends.reference.outer_sqnorm import COSTS
 from vcpo_kernels.sequence_gradients.outer_sqnorm import FormCosts, outer_sqnorm, outer_sqnorms
 
-FORMS = ("gram", "tile", "auto")
+FORMS = ("ghost", "instantiated", "auto")
 
 
 def formed(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
@@ -65,8 +65,8 @@ def test_terms_that_cancel(form: str) -> None:
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=5), st.integers(1, 40), st.integers(1, 40))
 def test_the_forms_agree(lengths: list[int], p: int, q: int) -> None:
     left, right, offsets = batch(tuple(lengths), p, q, torch.float32)
-    gram, tile = (outer_sqnorm(left, right, offsets, max(lengths), form) for form in ("gram", "tile"))
-    torch.testing.assert_close(gram, tile, rtol=2e-5, atol=1e-4)
+    ghost, instantiated = (outer_sqnorm(left, right, offsets, max(lengths), form) for form in ("ghost", "instantiated"))
+    torch.testing.assert_close(ghost, instantiated, rtol=2e-5, atol=1e-4)
 
 
 def test_views_and_repeats_are_bitwise_equal() -> None:
@@ -95,17 +95,17 @@ def test_no_sequences() -> None:
 
 def test_the_cheaper_form_is_chosen() -> None:
     """Short sequences of wide layers by pairs, long ones of narrow layers by tiles."""
-    assert COSTS.form(64, 512, 512) == "gram"
-    assert COSTS.form(4096, 512, 512) == "tile"
-    assert COSTS.form(256, 8, 4096) == "tile"  # a LoRA factor is small whatever it is multiplied with
-    assert FormCosts(0.5, 0, 0).form(99, 100, 100) == "gram"
-    assert FormCosts(0.5, 0, 0).form(101, 100, 100) == "tile"
+    assert COSTS.form(64, 512, 512) == "ghost"
+    assert COSTS.form(4096, 512, 512) == "instantiated"
+    assert COSTS.form(256, 8, 4096) == "instantiated"  # a LoRA factor is small whatever it is multiplied with
+    assert FormCosts(0.5, 0, 0).form(99, 100, 100) == "ghost"
+    assert FormCosts(0.5, 0, 0).form(101, 100, 100) == "instantiated"
 
 
 @pytest.mark.cpu_only("checks read values only on a CPU")
 def test_errors_name_the_form() -> None:
     left, right, offsets = batch((3,), 2, 2, torch.float32)
-    with pytest.raises(ValueError, match=r"form must be one of 'gram', 'tile', 'auto', got 'best'"):
+    with pytest.raises(ValueError, match=r"form must be one of 'ghost', 'instantiated', 'auto', got 'best'"):
         outer_sqnorm(left, right, offsets, 3, "best")
 
 

@@ -147,8 +147,9 @@ def vcpo(
     num_sequences: float | None = None,
     num_tokens: float | None = None,
     max_tokens: float = 1.0,
+    log_ratios: list[list[float]] | None = None,
 ) -> Expected:
-    """The whole of VCPO, sequence by sequence."""
+    """The whole of VCPO, sequence by sequence. log_ratios: of each sequence's tokens, where their metrics are wanted."""
     everyone = range(len(log_weights))
     live = [i for i in everyone if lengths[i] > 0]
     part = [i for i in live if log_weights[i] < math.inf and math.isfinite(rewards[i])]
@@ -159,7 +160,7 @@ def vcpo(
     k = {i: scale(aggregation, lengths[i], b_count, t_count, max_tokens) for i in part}
 
     advantages, coefficients = [0.0] * len(log_weights), [0.0] * len(log_weights)
-    baselines, equal = [math.nan] * num_groups, []
+    baselines, equal, single = [math.nan] * num_groups, [], 0
     for g in range(num_groups):
         members = [i for i in part if groups[i] == g]
         if not members:
@@ -170,6 +171,7 @@ def vcpo(
             for i in members
         ]
         baselines[g] = weighted_mean(r, log_a)
+        single += len(members) == 1
         equal.append(max(r) == min(r))
         if equal[-1]:
             continue
@@ -191,6 +193,11 @@ def vcpo(
         "reward_mean": math.fsum(rewards[i] for i in part) / n,
         "advantage_sq_mean": math.fsum(a * a for a in advantages) / n,
         "equal_reward_fraction": sum(equal) / max(len(equal), 1),
+        "single_sequence_groups": single,
     }
+    if log_ratios is not None:
+        finite = [d for of_sequence in log_ratios for d in of_sequence if math.isfinite(d)]
+        metrics["log_ratio_abs_mean"] = math.fsum(abs(d) for d in finite) / max(len(finite), 1)
+        metrics["log_ratio_negative_fraction"] = sum(d < 0 for d in finite) / max(len(finite), 1)
     loss = -math.fsum(c * n for c, n in zip(coefficients, lengths, strict=True))
     return Expected(coefficients, advantages, baselines, loss, metrics)

@@ -40,6 +40,7 @@ def test_everything_matches_brute_force(kind: str, aggregation: str) -> None:
     score = (one_hot - p).square().sum(-1)
     pick = batch.layout.pick
     log_weights = [math.fsum((a - b).tolist()) for a, b in zip(pick(logp), pick(batch.behavior_logp), strict=True)]
+    ratios = [(a - b).tolist() for a, b in zip(pick(logp), pick(batch.behavior_logp), strict=True)]
     norms = [math.fsum(s.tolist()) for s in pick(score)]
     for weighting, normalize_std, max_weight in itertools.product(WEIGHTINGS, (True, False), (8.0, 1.1, None)):
         switches = {
@@ -49,7 +50,9 @@ def test_everything_matches_brute_force(kind: str, aggregation: str) -> None:
             "max_weight": max_weight,
         }
         out = batch.loss(**switches, max_tokens=6)
-        expected = brute_force.vcpo(log_weights, LENGTHS, REWARDS, GROUPS.tolist(), norms, 2, max_tokens=6, **switches)
+        expected = brute_force.vcpo(
+            log_weights, LENGTHS, REWARDS, GROUPS.tolist(), norms, 2, max_tokens=6, log_ratios=ratios, **switches
+        )
         assert out.coefficients.tolist() == pytest.approx(expected.coefficients, rel=1e-11)
         assert out.advantages.tolist() == pytest.approx(expected.advantages, rel=1e-11)
         assert out.baselines.tolist() == pytest.approx(expected.baselines, rel=1e-11)

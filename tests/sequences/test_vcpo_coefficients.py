@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import vcpo_kernels as vk
 from tests.sequences import brute_force
 from tests.sequences.brute_force import LAYOUTS, lay_out
 from vcpo_kernels.sequences.aggregation import AGGREGATIONS
@@ -27,6 +28,14 @@ REWARDS = [1.0, 0.0, 0.5, 0.25, 1.0, 1.0, 2.0, 0.0]
 GROUPS = [0, 0, 0, 0, 2, 2, 1, 1]  # unequal sizes; group 2 has equal rewards; group 3 is empty
 NUM_GROUPS = 4
 LOG_WEIGHTS = [0.3, -2.0, 0.0, 2.9, 0.1, -0.4, 5.0, -1.0]  # two above log 8
+
+
+def evenly(log_weights: list[float], lengths: list[int]) -> list[list[float]]:
+    """The log-ratios that `arguments` gives a sequence's tokens."""
+    return [[w / n] * n if n else [] for w, n in zip(log_weights, lengths, strict=True)]
+
+
+LOG_RATIOS = evenly(LOG_WEIGHTS, LENGTHS)
 
 
 def arguments(
@@ -106,7 +115,7 @@ def test_matches_brute_force(kind: str, aggregation: str, weighting: str) -> Non
         }
         inputs, norms = arguments(kind, max_tokens=7.0, **switches)
         expected = brute_force.vcpo(
-            LOG_WEIGHTS, LENGTHS, REWARDS, GROUPS, norms, NUM_GROUPS, max_tokens=7.0, **switches
+            LOG_WEIGHTS, LENGTHS, REWARDS, GROUPS, norms, NUM_GROUPS, max_tokens=7.0, log_ratios=LOG_RATIOS, **switches
         )
         check(vcpo_coefficients(*inputs), expected)
 
@@ -129,7 +138,11 @@ def test_outputs_have_the_dtype_of_logp(dtype: torch.dtype) -> None:
     assert {name: value.dtype for name, value in results._asdict().items() if name != "moments"} == {
         name: dtype for name in results._fields if name != "moments"
     }
-    check(results, brute_force.vcpo(LOG_WEIGHTS, LENGTHS, REWARDS, GROUPS, norms, NUM_GROUPS), rtol=2e-6)
+    check(
+        results,
+        brute_force.vcpo(LOG_WEIGHTS, LENGTHS, REWARDS, GROUPS, norms, NUM_GROUPS, log_ratios=LOG_RATIOS),
+        rtol=2e-6,
+    )
 
 
 sequence = st.tuples(
@@ -165,7 +178,13 @@ def test_any_mixture_of_broken_and_empty_sequences(
     assert results.coefficients.isfinite().all()
     # L_i as the op sums it (1e4 / 3 * 3 is not 1e4): the rest of the arithmetic is compared from there.
     summed = results.log_weights.tolist()
-    expected = brute_force.vcpo(summed, lengths, rewards, groups, norms, 3, max_tokens=4.0, **switches)
+    ratios = [d for n in [inputs[0] - inputs[1]] for d in n.tolist()]  # as the op rounds them
+    flat_mask = torch.ones(len(ratios), dtype=torch.bool) if inputs[8] is None else inputs[8]
+    counted = vk.Segments(flat_mask, *inputs[9:11], None, None).valid(len(ratios)).tolist()
+    of_valid = [[d for d, valid in zip(ratios, counted, strict=True) if valid]]
+    expected = brute_force.vcpo(
+        summed, lengths, rewards, groups, norms, 3, max_tokens=4.0, log_ratios=of_valid, **switches
+    )
     check(results, expected, rtol=1e-7)
 
 
@@ -189,7 +208,9 @@ def test_given_counts_replace_those_of_the_batch() -> None:
             "aggregation": aggregation,
         }
         inputs, norms = arguments("packed", **given_counts)
-        expected = brute_force.vcpo(LOG_WEIGHTS, LENGTHS, REWARDS, GROUPS, norms, NUM_GROUPS, **given_counts)
+        expected = brute_force.vcpo(
+            LOG_WEIGHTS, LENGTHS, REWARDS, GROUPS, norms, NUM_GROUPS, log_ratios=LOG_RATIOS, **given_counts
+        )
         check(vcpo_coefficients(*inputs), expected)
 
 

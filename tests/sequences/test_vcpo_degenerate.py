@@ -121,14 +121,14 @@ def test_equal_rewards_teach_exactly_nothing(reward: float, normalize_std: bool)
 def test_one_sequence_and_groups_of_one() -> None:
     """Its own baseline: no advantage, no gradient, a ratio of 1."""
     batch = make("packed", [3])
-    out = batch.loss(torch.tensor([2.0]), 1)
+    out = batch.loss(torch.tensor([2.0]), torch.tensor([0]))
     assert (out.loss.item(), out.ess_ratio.item(), out.advantages.tolist(), out.baselines.tolist()) == (
         0,
         1,
         [0],
         [2],
     )
-    assert make("packed", [3, 2]).loss(torch.tensor([2.0, 1.0]), 1).advantages.tolist() == [0, 0]
+    assert make("packed", [3, 2]).loss(torch.tensor([2.0, 1.0]), torch.tensor([0, 1])).advantages.tolist() == [0, 0]
 
 
 def test_huge_log_weights_stay_finite_under_truncation() -> None:

@@ -6,6 +6,7 @@ must read tensor data run only where that is free of a device synchronisation: o
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -73,6 +74,32 @@ def _whole(name: str) -> str:
     )
 
 
+def overlaps(value: Tensor) -> bool:
+    """Whether two entries may share memory: each dimension, from the densest on, must step past all that lies within it."""
+    if value.numel() == 0:
+        return False
+    reach = 0
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(value.stride(), value.shape, strict=True) if size > 1
+    ):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+@functools.cache
+def has_float64(device_type: str) -> bool:
+    """Whether a kind of device computes in float64, which sums over tokens and sequences are kept in."""
+    if device_type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device_type)
+    except (TypeError, RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
 class Check:
     """The checks of one function, which its errors begin with.
 
@@ -128,6 +155,14 @@ class Check:
             )
         if value.layout != torch.strided:
             raise self.type_error(f"{name} has layout {value.layout}, wanted a strided tensor. Pass {name}.to_dense().")
+
+    def float64(self, name: str, value: Tensor) -> None:
+        """Raise on a device that has no float64 (Apple's MPS): no sum over tokens or sequences can be kept there."""
+        if not has_float64(value.device.type):
+            raise self.type_error(
+                f"{name} is on {value.device}, which has no float64, and sums over tokens and sequences are kept in it. "
+                f"Move it: {name}.cpu()."
+            )
 
     def shape(self, name: str, value: Tensor, want: Sequence[int], because: str, fix: str = "") -> None:
         """Raise unless `value` has exactly the shape `want`."""
@@ -219,10 +254,19 @@ class Check:
                 "Mask padding out (mask = token_ids != pad), or check that tokenizer and head agree on the vocabulary."
             )
 
-    def not_a_leaf(self, name: str, logits: Tensor) -> None:
-        """Raise where an in-place gradient would take the place of a parameter's values."""
-        if logits.requires_grad and logits.is_leaf:
+    def overwritable(self, name: str, logits: Tensor) -> None:
+        """Raise where an in-place gradient would take the place of a parameter's values, or of other entries' gradients."""
+        compiling = torch.compiler.is_compiling()  # where nothing is written in place
+        base = logits if compiling or logits._base is None else logits._base
+        if logits.requires_grad and base.is_leaf and base.requires_grad:
+            through = "" if base is logits else ", of which logits are a view,"
             raise self.value_error(
-                f"{name}=True would overwrite a leaf tensor's values with its gradient. "
+                f"{name}=True would overwrite a leaf tensor's values{through} with its gradient. "
                 f"Pass logits that a module computed, or leave {name}=False."
+            )
+        if not compiling and overlaps(logits):
+            raise self.value_error(
+                f"{name}=True would write several entries' gradients to one memory location: logits of shape "
+                f"{tuple(logits.shape)} have strides {logits.stride()} (expand, unfold, as_strided). "
+                f"Pass logits.clone(), or leave {name}=False."
             )

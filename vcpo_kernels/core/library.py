@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,24 +32,73 @@ def define_op(
     setup_context: SetupContext | None = None,
     backward: Backward | None = None,
     *,
+    twice: bool = False,
     bypass: bool = False,
 ) -> Op:
     """Define the op of a schema `name(arguments) -> returns`. Returns it, to be called by position.
 
     implementation: for real tensors of any device. fake: shapes and dtypes alone. setup_context, backward: its gradient;
-    None: it has none. bypass: call it past the dispatcher where nothing intercepts the call (`bypass_dispatcher`).
+    None: it has none. twice: the gradient may be differentiated again; otherwise that is an error. bypass: call it past the
+    dispatcher where nothing intercepts the call (`bypass_dispatcher`).
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if backward is not None:
+        assert setup_context is not None
+        if not twice:
+            setup_context, backward = first_derivative_only(name, setup_context, backward)
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
         if bypass:
-            assert setup_context is not None
             return bypass_dispatcher(name, implementation, setup_context, backward)
     op: Op = getattr(torch.ops.vcpo_kernels, name)
     return op
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The first `count` tensors as they are; a backward through them raises. The others are what they came from."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.message = message
+        return tuple(t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def first_derivative_only(name: str, setup_context: SetupContext, backward: Backward) -> tuple[SetupContext, Backward]:
+    """The two, so that a further derivative is an error: kernels are constants to autograd, and it would silently be 0.
+
+    As torch's once_differentiable, whose error however is lost where torch.autograd.grad is asked for chosen inputs: what it
+    leaves does not depend on them. Inputs are remembered weakly, and where one is gone create_graph=True is refused at once.
+    """
+    message = (
+        f"vcpo_kernels.{name} has no second derivative: its gradient cannot be differentiated again. For a gradient penalty or "
+        "a Hessian use torch.log_softmax; otherwise leave create_graph=False."
+    )
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup_context(ctx, inputs, output)
+        ctx.differentiable = [weakref.ref(x) for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+
+    def once(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():  # all but create_graph=True
+            return backward(ctx, *grads)
+        inputs = [ref() for ref in ctx.differentiable]
+        if any(x is None for x in inputs):
+            raise RuntimeError(message)
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        at = [i for i, d in enumerate(outputs) if isinstance(d, Tensor)]
+        guarded = dict(
+            zip(at, _NoSecondDerivative.apply(message, len(at), *(outputs[i] for i in at), *inputs), strict=True)
+        )
+        return tuple(guarded.get(i, d) for i, d in enumerate(outputs))
+
+    return remember, once
 
 
 def bypass_dispatcher(name: str, implementation: Op, setup_context: SetupContext, backward: Backward) -> Op:

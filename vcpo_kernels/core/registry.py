@@ -1,6 +1,6 @@
 """What each backend supports, why not where it does not, and which one serves a call.
 
-A backend is a package `vcpo_kernels.backends.<name>` with one module per op, imported at first use. It declares what it
+A backend has a package under `vcpo_kernels.backends` with one module per op, imported at first use. It declares what it
 supports as data (`Backend`); `select` walks `ORDER` for the tensor's device and takes the first backend without
 objections. `use_backend` forces one; where it objects, the error lists every backend with its reasons.
 """
@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 
 from vcpo_kernels.core import measured
+from vcpo_kernels.core.checks import has_float64
 
 ROW_OPS = frozenset({"token_stats", "score_rows"})
 SEQUENCE_OPS = frozenset({"segment_sum", "segment_spread", "vcpo_coefficients"})
@@ -34,7 +35,7 @@ class Backend:
 
     ops, devices, dtypes: what it serves (dtypes are those of the largest input). probe: None where it can run here, else
     the reason. relative_error: bound on its fp32 outputs against float64, as a factor of (1 + |value|); tests read it.
-    min_capability: the oldest GPU that it runs on; None: any device's.
+    min_capability: the oldest GPU that it runs on; None: any device's. package: where its modules are; None: under its name.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend:
     probe: Callable[[], str | None]
     relative_error: float = 2e-6
     min_capability: tuple[int, int] | None = None
+    package: str | None = None
 
 
 @cache
@@ -120,6 +122,7 @@ BACKENDS: dict[str, Backend] = {
             dtypes=HALF_AND_SINGLE,
             probe=cuda_problem,
             min_capability=(8, 0),
+            package="native",  # the same extension, told another place
         ),
     )
 }
@@ -164,6 +167,11 @@ def select(op: str, device: torch.device, dtype: torch.dtype, vocabulary: int = 
 
     Raises RuntimeError naming every backend with its reasons where none, or not the forced one, can.
     """
+    if not has_float64(device.type):
+        raise RuntimeError(
+            f"{op}: {device} has no float64, in which the reference backend computes, and no other backend serves it. Move the "
+            "tensors to the CPU: .cpu()."
+        )
     candidates = ORDER.get(device.type, DEFAULT_ORDER)
     if device.type == "cuda" and measured.MEASURED and measured.cuda_wins(op, dtype, vocabulary, capability(device)):
         candidates = ("cuda", *candidates)
@@ -184,7 +192,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, vocabulary: int = 
 
 @cache
 def _load(name: str, op: str) -> ModuleType:
-    return importlib.import_module(f"vcpo_kernels.backends.{name}.{op}")
+    return importlib.import_module(f"vcpo_kernels.backends.{BACKENDS[name].package or name}.{op}")
 
 
 @cache

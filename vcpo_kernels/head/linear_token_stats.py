@@ -97,7 +97,7 @@ def linear_token_stats(
     else:
         needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
         outputs = op(*inputs, memory, chunk_bytes, fast_bytes, *needs)
-    return TokenStats.of(RowStatistics(*outputs[: len(RowStatistics._fields)]), shift)
+    return TokenStats.of(RowStatistics(*outputs[: len(RowStatistics._fields)]), shift, inputs.mask)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------

@@ -26,6 +26,10 @@ from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
 from vcpo_kernels.rows.token_stats import SETTINGS, TokenStats
 from vcpo_kernels.rows.weighted_logp import checked_coefficients, weighted_sum, without_gradient
 
+LARGEST_SUM = (
+    2.0**14
+)  # of an fp16 gradient before its factor is known: what is summed is bounded, and its small terms keep digits
+
 
 def linear_weighted_logp(
     hidden: Tensor,
@@ -80,7 +84,7 @@ def linear_weighted_logp(
     operands, settings = inputs[:5], inputs[5:]
     needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
     loss, *outputs = _op(*operands, coefficients, *settings, chunk_bytes, *needs)
-    return loss, without_gradient(outputs[: len(RowStatistics._fields)], shift)
+    return loss, without_gradient(outputs[: len(RowStatistics._fields)], shift, inputs.mask)
 
 
 # --- the op ----------------------------------------------------------------------------------------------------------
@@ -100,14 +104,30 @@ def _linear_weighted_logp(
         if not any(needs):
             statistics_of(head, chunk_bytes, stats)
             d = fake_gradients(hidden, weight, needs)
-        elif inputs.captured or bool((c != 0).all()):
-            d = _in_one_pass(head, c, chunk_bytes, needs, stats)
         else:
-            d = _without_zeros(head, c, chunk_bytes, needs, stats)
+            times = _range_factor(hidden, weight, mask, coefficients, temperature)
+            scored = c if times is None else c * times
+            every = inputs.captured or bool((c != 0).all())
+            d = (_in_one_pass if every else _without_zeros)(head, scored, chunk_bytes, needs, stats)
     if needs.hidden:
         d = d._replace(hidden=inputs.scattered_hidden(d.hidden, positions))
     loss = weighted_sum(stats.rows.logp, c, head.mask)
     return (loss, *(inputs.scattered(s, positions) for s in stats.rows), *d)
+
+
+def _range_factor(
+    hidden: Tensor, weight: Tensor, mask: Tensor | None, coefficients: Tensor, temperature: float
+) -> Tensor | None:
+    """What the gradients are taken times: no sum of theirs passes LARGEST_SUM, whatever the signs.
+
+    d hidden_t is at most 2 |c_t| max|W|, d weight_v at most sum_t |c_t| max|hidden|, over the temperature.
+    """
+    if hidden.dtype != torch.float16 or coefficients.numel() == 0:
+        return None
+    c = known_gradient.magnitudes(coefficients, mask)
+    by_token, by_entry = (x.detach().abs().amax().float().clamp(min=1) for x in (weight, hidden))
+    bound = torch.maximum(2 * c.amax() * by_token, c.sum() * by_entry) / temperature
+    return known_gradient.range_factor(hidden.dtype, bound, LARGEST_SUM)
 
 
 def _without_zeros(head: Head, c: Tensor, chunk_bytes: int, needs: Needs, stats: HeadStatistics) -> HeadGradients:
@@ -152,10 +172,11 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, _, _, mask, coefficients, temperature, *_ = inputs
     ctx.needs, ctx.arguments = inputs[-3:], len(inputs)
     _, logp, *_ = output
     ctx.save_for_backward(logp)
-    known_gradient.save(ctx, *output[-3:])
+    known_gradient.save(ctx, _range_factor(hidden, weight, mask, coefficients, temperature), *output[-3:])
     ctx.set_materialize_grads(False)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import wide
+from vcpo_kernels.sequences.behavior import log_ratio_metrics, warn_of_behavior
 from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
 from vcpo_kernels.sequences.log_weights import usable_below
 from vcpo_kernels.sequences.segments import Segments, check_segments
@@ -67,6 +68,9 @@ def weighted_advantages(
         segments.flat(check, name, value)
         given_tensors.append(value.detach().to(dtype).reshape(logp.shape))
     theta, mu, given = given_tensors
+    counts = segments.valid(theta.numel())
+    if extra_log_weights is None:  # else the difference is from a proximal policy, which may well be this one
+        warn_of_behavior(check.where, theta.reshape(-1), mu.reshape(-1), counts)
     valid = segments.lengths > 0
     log_weights = segments.sum(theta - mu).double()  # summed in float64 whatever the dtype of the tokens
     if extra_log_weights is not None:
@@ -88,6 +92,7 @@ def weighted_advantages(
     count = ok.double().sum()
     metrics = {
         "ess_ratio": ess_from_moments(moments)[1],
+        **log_ratio_metrics((theta - mu).reshape(-1), counts),
         "num_sequences": valid.double().sum(),
         "nonfinite_sequences": (valid & ~ok).double().sum(),
         "truncated_fraction": (ok & (log_weights > cap)).double().sum() / count.clamp(min=1),

@@ -35,6 +35,8 @@ _REFUSED: tuple[tuple[str, Any, str, str], ...] = (
     ),
     ("context_parallel_size", 1, "each rank holds part of every sequence, and w_i is the whole one's", "Set it to 1."),
     ("rollout_top_p", 1.0, "log-probabilities would have to be taken over the sampled nucleus", "Sample with 1.0."),
+    ("rollout_top_k", -1, "log-probabilities would have to be taken over the tokens kept", "Sample with -1."),
+    ("rollout_min_p", 0.0, "log-probabilities would have to be taken over the tokens kept", "Sample with 0."),
     ("use_tis", False, "VCPO's weights correct for the same ratio, and would be counted twice", "Leave it out."),
     ("use_opsm", False, "it belongs to slime's policy_loss", "Leave it out."),
     ("use_kl_loss", False, "it belongs to slime's policy_loss", "Put the penalty into the rewards (--kl-coef)."),

@@ -19,7 +19,7 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations import _ess_channel
 from vcpo_kernels.integrations._given_advantages import weighted_advantages
-from vcpo_kernels.sequences.baselines import WEIGHTINGS, SequenceTerms, check_rewards, group_baselines
+from vcpo_kernels.objectives.advantages import GroupedRewards
 from vcpo_kernels.sequences.segments import Segments
 
 WHERE = "vcpo (verl)"
@@ -204,7 +204,7 @@ def opob(
     the sequence's token-level rewards, L_i = sum_t m_t (old_log_prob_t - rollout_log_prob_t), and
     n_i = sum_t m_t (1 - 2 p_t + sum p^2) with `norms="logit"`, |T_i| with "length". std_g is the prompt's population
     standard deviation, divided by where it is > 1e-8 and `config.norm_adv_by_std_in_grpo` says so. A prompt whose rewards
-    are all equal gets exactly zero.
+    are all equal gets exactly zero, and so does a sequence whose L_i or n_i is NaN or +inf.
 
     verl hands an estimator under its own name nothing but rewards, mask, index and config: `hand_over_log_probs` adds
     the rest, and without it this raises.
@@ -229,25 +229,18 @@ def opob(
         wanted["sum_pi_squared"] = sum_pi_squared
     _check_handed_over(check, wanted, config)
     segments = Segments.padded(response_mask)
-    mask = segments.mask.view(response_mask.shape) if segments.mask is not None else response_mask.bool()
-    rewards = token_level_rewards.double().sum(
-        -1
-    )  # unmasked, as verl's own: rejecting a token must not reject the reward
-    check_rewards(check, rewards, segments.lengths > 0)
+    # Unmasked, as verl's own: rejecting a token must not reject the reward.
+    rewards = token_level_rewards.double().sum(-1)
+    groups = GroupedRewards(check, rewards, *_prompt_ids(index, rewards.device), segments.lengths > 0)
     log_weights = segments.sum(old_log_probs.double() - rollout_log_probs.double())  # type: ignore[union-attr]
     if norms == "logit":
         scores = 1 - 2 * old_log_probs.double().exp() + sum_pi_squared.double()  # type: ignore[union-attr]
         sqnorms = segments.sum(scores.clamp(min=0))
     else:
         sqnorms = segments.lengths.double()
-    ids, count = _prompt_ids(index, rewards.device)
-    terms = SequenceTerms(log_weights, log_weights, sqnorms.log(), log_weights, segments.lengths.log())
-    ok = (segments.lengths > 0) & (log_weights < torch.inf) & rewards.isfinite()
-    baseline, std, equal = group_baselines(rewards, WEIGHTINGS["paper"](terms), ok, ids, count)
     normalize = config is None or bool(config.get("norm_adv_by_std_in_grpo", True))
-    scale = torch.where(std > 1e-8, std, 1.0) if normalize else torch.ones_like(std)
-    advantages = torch.where(ok & ~equal[ids], (rewards - baseline[ids]) / scale[ids], 0.0)
-    spread = torch.where(mask, advantages[:, None], 0.0).to(token_level_rewards.dtype)
+    advantages = groups.optimal(log_weights, sqnorms, normalize)
+    spread = torch.where(response_mask.bool(), advantages[:, None], 0.0).to(token_level_rewards.dtype)
     return spread, spread
 
 

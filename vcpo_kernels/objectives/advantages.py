@@ -11,19 +11,21 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.dtypes import wide
 from vcpo_kernels.sequences.baselines import check_groups, check_norms, check_rewards, group_baselines, grouped
 from vcpo_kernels.sequences.log_weights import usable
 
 STD_FLOOR = 1e-8  # as vcpo_loss: a smaller deviation does not divide
 
 
-class _Groups:
-    """Checked rewards and groups: r [B] float64, ids [B], count, ok (which sequences take part), in their dtype at the end."""
+class GroupedRewards:
+    """Checked rewards and groups: r [B] float64, ids [B], count, ok (which sequences are in), and the dtype of the results."""
 
     def __init__(
         self, check: Check, rewards: Tensor, groups: int | Tensor, num_groups: int | None, valid: Tensor | None
     ) -> None:
         check.tensor("rewards", rewards)
+        check.float64("rewards", rewards)
         if rewards.dim() != 1:
             raise check.value_error(
                 f"rewards must be [B], got {checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."
@@ -32,24 +34,31 @@ class _Groups:
         if ids is None:
             ids = torch.arange(rewards.shape[0], device=rewards.device) // size
         check.same_device("groups", ids, "rewards", rewards)
-        live = torch.ones_like(ids, dtype=torch.bool)
-        if valid is not None:
-            live = check.mask("valid", valid)
-            check.shape("valid", live, rewards.shape, "rewards.shape")
-            check.same_device("valid", live, "rewards", rewards)
-        check_rewards(check, rewards, live)
-        self.ids, self.dtype = ids, torch.float64 if rewards.dtype == torch.float64 else torch.float32
+        if valid is None:
+            valid = torch.ones_like(ids, dtype=torch.bool)
+        else:
+            valid = check.mask("valid", valid)
+            check.shape("valid", valid, rewards.shape, "rewards.shape")
+            check.same_device("valid", valid, "rewards", rewards)
+        check_rewards(check, rewards, valid)
+        self.ids, self.dtype = ids, wide(rewards.dtype)
         self.r = rewards.detach().double()
-        self.ok = live & self.r.isfinite()
+        self.ok = valid & self.r.isfinite()
 
-    def advantages(self, log_a: Tensor, ok: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def centred(self, log_a: Tensor, ok: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """R less the exp(log_a)-weighted mean of its group (0 where not ok, or all equal), and the group's std, by sequence."""
         ok = self.ok if ok is None else ok
         baseline, std, equal = group_baselines(self.r, log_a, ok, self.ids, self.count)
         return torch.where(ok & ~equal[self.ids], self.r - baseline[self.ids], 0.0), std[self.ids]
 
+    def optimal(self, log_weights: Tensor, sqnorms: Tensor, normalize_std: bool) -> Tensor:
+        """`opob_advantages` from L_i and n_i in float64. A sequence that either is no number for is out, and gets 0."""
+        ok = self.ok & usable(log_weights) & (sqnorms >= 0) & sqnorms.isfinite()
+        centred, std = self.centred(2 * log_weights + sqnorms.log(), ok)
+        return (_divided(centred, std) if normalize_std else centred).to(self.dtype)
+
     def sizes(self) -> Tensor:
-        """How many sequences of its group take part, by sequence."""
+        """How many sequences of its group are in, by sequence."""
         return grouped("sum", self.ok.double(), self.ids, self.count, 0.0)[self.ids]
 
 
@@ -75,8 +84,8 @@ def group_mean_advantages(
     >>> objectives.group_mean_advantages(torch.tensor([1.0, 0.0, 3.0, 3.0]), 2)
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
-    batch = _Groups(Check("group_mean_advantages"), rewards, groups, num_groups, valid)
-    return batch.advantages(torch.zeros_like(batch.r))[0].to(batch.dtype)
+    batch = GroupedRewards(Check("group_mean_advantages"), rewards, groups, num_groups, valid)
+    return batch.centred(torch.zeros_like(batch.r))[0].to(batch.dtype)
 
 
 def group_normalized_advantages(
@@ -112,8 +121,8 @@ def group_normalized_advantages(
     check = Check("group_normalized_advantages")
     sample = check.boolean("sample_std", sample_std)
     epsilon = check.finite_float("epsilon", epsilon, minimum=0.0)
-    batch = _Groups(check, rewards, groups, num_groups, valid)
-    centred, std = batch.advantages(torch.zeros_like(batch.r))
+    batch = GroupedRewards(check, rewards, groups, num_groups, valid)
+    centred, std = batch.centred(torch.zeros_like(batch.r))
     if sample:
         size = batch.sizes()
         std = std * (size / (size - 1).clamp(min=1)).sqrt()
@@ -145,9 +154,9 @@ def leave_one_out_advantages(
     >>> objectives.leave_one_out_advantages(torch.tensor([1.0, 0.0, 0.0, 3.0]), 4)
     tensor([ 0.0000, -1.3333, -1.3333,  2.6667])
     """
-    batch = _Groups(Check("leave_one_out_advantages"), rewards, groups, num_groups, valid)
+    batch = GroupedRewards(Check("leave_one_out_advantages"), rewards, groups, num_groups, valid)
     size = batch.sizes()
-    centred = batch.advantages(torch.zeros_like(batch.r))[0]
+    centred = batch.centred(torch.zeros_like(batch.r))[0]
     return (centred * size / (size - 1).clamp(min=1)).to(batch.dtype)
 
 
@@ -177,8 +186,8 @@ def length_weighted_advantages(
     check.tensor("lengths", lengths)
     if isinstance(rewards, Tensor):
         check.shape("lengths", lengths, rewards.shape, "rewards.shape")
-    batch = _Groups(check, rewards, groups, num_groups, lengths > 0)
-    return batch.advantages(lengths.detach().double().log())[0].to(batch.dtype)
+    batch = GroupedRewards(check, rewards, groups, num_groups, lengths > 0)
+    return batch.centred(lengths.detach().double().log())[0].to(batch.dtype)
 
 
 def opob_advantages(
@@ -215,15 +224,11 @@ def opob_advantages(
     tensor([ 0.2500, -0.7500])
     """
     check = Check("opob_advantages")
-    batch = _Groups(check, rewards, groups, num_groups, valid)
+    batch = GroupedRewards(check, rewards, groups, num_groups, valid)
     for name, value in (("log_weights", log_weights), ("score_sqnorm", score_sqnorm)):
         check.tensor(name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
         check.shape(name, value, rewards.shape, "rewards.shape")
         check.same_device(name, value, "rewards", rewards)
     log_w, norms = log_weights.detach().double(), score_sqnorm.detach().double()
     check_norms(check, "score_sqnorm", norms, batch.ok & usable(log_w))
-    ok = batch.ok & usable(log_w) & (norms >= 0) & norms.isfinite()
-    advantages, std = batch.advantages(2 * log_w + norms.log(), ok)
-    if check.boolean("normalize_std", normalize_std):
-        advantages = _divided(advantages, std)
-    return advantages.to(batch.dtype)
+    return batch.optimal(log_w, norms, check.boolean("normalize_std", normalize_std))

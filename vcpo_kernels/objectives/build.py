@@ -1,13 +1,13 @@
 """objective_from_coefficients: from a method's rule for one token's coefficient to a loss with metrics and ESS.
 
-Layer: tokens [N] -> scalars. Every objective of this package is a rule handed to this function, and so is a user's own. It owns
-what all have in common: checks, aggregation, the extra terms, dropped tokens, ESS, metrics, and the step into autograd.
+Layer: tokens [N] -> scalars. A `TokenObjective`'s rule comes here, and so does a bare one. Here is what all have in common:
+checks, aggregation, the extra terms, dropped tokens, ESS, metrics, and the step into autograd.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +23,16 @@ from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch, like_logp, times, token_batch
 from vcpo_kernels.rows.token_loss import token_loss
 from vcpo_kernels.rows.token_stats import TokenStats
-from vcpo_kernels.sequences.aggregation import aggregation_scale
+from vcpo_kernels.sequences.aggregation import aggregation_scale, longest_possible
+from vcpo_kernels.sequences.behavior import log_ratio_metrics, warn_of_behavior
 from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
-from vcpo_kernels.sequences.segment_sum import segment_sum
 from vcpo_kernels.sequences.segments import Segments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# In every output's metrics, beside what the method reports. Means are over the tokens that take part.
+# In every output's metrics, beside what the method reports. Means are over the tokens in the loss.
 METRICS = (
     "ess",
     "ess_ratio",
@@ -41,17 +41,19 @@ METRICS = (
     "nonfinite_tokens",  # dropped: a NaN, an infinite ratio, or an unbounded weight of e^80 and more
     "ratio_mean",  # of exp(log_ratio)
     "approx_kl",  # mean of -log pi/mu, the k1 estimate of KL(mu || pi)
+    "log_ratio_abs_mean",  # of log pi/mu over valid tokens, as the next: what `sequences/behavior.py` reads
+    "log_ratio_negative_fraction",
     "policy_loss",  # the loss without KL penalty and entropy bonus
 )
 
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What a rule makes of a TokenBatch, each [N]. Dead tokens may hold anything.
+    """What a rule makes of a TokenBatch, each [N]. Tokens that are not valid may hold anything.
 
     coefficients: a_t, the derivative of the token's objective (to be maximised) with respect to logp_t, before aggregation.
     values: the token's objective, for the reported loss. None: a_t logp_t, that of a constant weight before log pi.
-    metrics: bool or float [N] by name, each reported as its mean over the tokens that take part.
+    metrics: bool or float [N] by name, each reported as its mean over the tokens in the loss.
     per_sequence: the coefficient of one token depends on the ratios of its whole sequence, so that a NaN or infinite ratio
         drops all of it.
     uses_ratio: False for rules that look at no ratio, whose tokens then do not need a finite one.
@@ -80,25 +82,13 @@ def objective_from_coefficients(
     correction: Correction | None = None,
     **common: Unpack[CommonTerms],
 ) -> ObjectiveOutput:
-    """The loss whose gradient is -sum_t k_t a_t grad logp_t, for the a_t that `rule` gives, and everything around it.
-
-    With k_t the aggregation's factor (as k_i of `vcpo_loss`), c_t = k_t w_t a_t and w_t the product of the correction and
-    token_weights: loss = -sum_t k_t w_t v_t + kl_coefficient sum_t k_t KL_t - entropy_coefficient sum_t k_t H_t. Tokens
-    outside the mask contribute exactly nothing, whatever any input holds there. A token whose coefficient or value is not
-    finite, or whose ratio is NaN or +inf, is dropped from the policy term, keeps its place in the counts, and is counted in
-    metrics["nonfinite_tokens"]. No synchronisation.
+    """The loss whose gradient is -sum_t k_t a_t grad logp_t, for the a_t that `rule` gives: a `TokenObjective` of a bare rule.
 
     Args:
         name: what error messages call the objective.
         rule: TokenBatch -> TokenTerms.
-        stats: from `token_stats`. logp is differentiated through, and entropy where there is a bonus.
-        behavior_logp: log mu of each token as the sampler recorded it, the shape of stats.logp.
-        advantages: A_i [B], or A_t in the shape of stats.logp. Constants.
-        segments: which tokens belong to which sequence, and which count.
-        aggregation: "seq-mean-token-mean" | "seq-mean-token-sum" | "seq-mean-token-sum-norm" | "token-mean".
-        proximal_logp: log pi_prox of each token, the policy that log_ratio is taken against. None: the behaviour policy.
-        correction: weights pi_prox/mu before the policy term; needs proximal_logp.
-        common: see `CommonTerms`.
+        stats, behavior_logp, advantages, segments, aggregation: as of a `TokenObjective`, which says what all this gives.
+        proximal_logp, correction, common: see `ObjectiveTerms`.
 
     Returns:
         ObjectiveOutput.
@@ -132,7 +122,7 @@ def build_objective(
     behavior_logp: Tensor,
     advantages: Tensor,
     segments: Segments,
-    common: CommonTerms,
+    common: Mapping[str, Any],
     *,
     aggregation: str,
     proximal_logp: Tensor | None = None,
@@ -141,6 +131,7 @@ def build_objective(
     """`objective_from_coefficients`, its common terms as a mapping: what a method does not take cannot slip through it."""
     terms = checked_terms(check, aggregation, common)
     tokens = token_batch(check, stats, behavior_logp, advantages, segments, proximal_logp)
+    warn_of_behavior(check.where, tokens.logp, tokens.behavior_logp, tokens.valid)
     scale = _scale(check, aggregation, terms, tokens)
     policy = _policy(check, rule(tokens), tokens, correction, terms.get("token_weights"))
     value = (scale * policy.values).sum()
@@ -166,7 +157,7 @@ class _Total:
 def _output(
     logp: Tensor, entropy: Tensor, total: _Total, tokens: TokenBatch, ess_max_weight: float | None, stats: TokenStats
 ) -> ObjectiveOutput:
-    log_weights = segment_sum(tokens.log_weight, tokens.mask, tokens.segments.offsets, tokens.segments.order)
+    log_weights = tokens.segments.reduce(tokens.log_weight)
     clipped = log_weights
     if ess_max_weight is not None:  # +inf stays a broken weight, which a clamp would make an ordinary one
         clipped = torch.where(log_weights < math.inf, log_weights.clamp(max=math.log(ess_max_weight)), math.nan)
@@ -191,11 +182,11 @@ def _output(
 
 @dataclass(frozen=True)
 class _Policy:
-    """The policy term of each token [N], in float64, 0 where it takes no part."""
+    """The policy term of each token [N], in float64, 0 where the token is not in the loss."""
 
     coefficients: Tensor
     values: Tensor
-    taking_part: Tensor
+    in_loss: Tensor
     metrics: dict[str, Tensor]
 
 
@@ -206,7 +197,9 @@ def _policy(
     a = rule.coefficients.detach().double()
     v = times(a, tokens.logp.double()) if rule.values is None else rule.values.detach().double()
     metrics = dict(rule.metrics)
-    ok = tokens.live & ((tokens.log_ratio < math.inf) if rule.uses_ratio else torch.ones_like(tokens.live))
+    ok = tokens.valid
+    if rule.uses_ratio:
+        ok = ok & (tokens.log_ratio < math.inf)
     per_sequence = rule.per_sequence
     if correction is not None:
         if not isinstance(correction, Correction):
@@ -239,7 +232,7 @@ def _token_weights(check: Check, weights: Tensor, tokens: TokenBatch) -> Tensor:
     if tuple(weights.shape) == (tokens.segments.num_sequences,):
         check.same_device("token_weights", weights, "stats", tokens.logp)
         return tokens.spread(weights.detach().to(tokens.logp.dtype))
-    return torch.where(tokens.live, like_logp(check, "token_weights", weights, tokens.segments, tokens.logp), 0.0)
+    return torch.where(tokens.valid, like_logp(check, "token_weights", weights, tokens.segments, tokens.logp), 0.0)
 
 
 def _check_rule(check: Check, rule: object, tokens: TokenBatch) -> None:
@@ -263,12 +256,12 @@ def _with_kl(check: Check, total: _Total, scale: Tensor, terms: dict[str, Any], 
         ratio = tokens.ratio.double()
         kl, slope = ratio * kl, ratio * (kl + slope)
     limit = math.exp(UNTRUNCATED_LIMIT)
-    ok = tokens.live & (kl.abs() < limit) & (slope.abs() < limit)
+    ok = tokens.valid & (kl.abs() < limit) & (slope.abs() < limit)
     kl, slope = torch.where(ok, kl, 0.0), torch.where(ok, slope, 0.0)
     factor = terms["kl_coefficient"] * scale
     measured = {
         "kl_mean": kl.sum() / ok.sum().clamp(min=1),
-        "kl_nonfinite_tokens": (tokens.live & ~ok).sum().double(),
+        "kl_nonfinite_tokens": (tokens.valid & ~ok).sum().double(),
     }
     return replace(
         total,
@@ -279,7 +272,7 @@ def _with_kl(check: Check, total: _Total, scale: Tensor, terms: dict[str, Any], 
 
 
 def _with_entropy(total: _Total, scale: Tensor, coefficient: float, entropy: Tensor, tokens: TokenBatch) -> _Total:
-    held = torch.where(tokens.live, entropy.double(), 0.0)
+    held = torch.where(tokens.valid, entropy.double(), 0.0)
     return replace(
         total,
         loss=total.loss - coefficient * (scale * held).sum(),
@@ -289,33 +282,28 @@ def _with_entropy(total: _Total, scale: Tensor, coefficient: float, entropy: Ten
 
 
 def _metrics(tokens: TokenBatch, policy: _Policy) -> dict[str, Tensor]:
-    count = policy.taking_part.sum().clamp(min=1).double()
+    count = policy.in_loss.sum().clamp(min=1).double()
 
     def mean(values: Tensor) -> Tensor:
-        return torch.where(policy.taking_part & values.isfinite(), values.double(), 0.0).sum() / count
+        return torch.where(policy.in_loss & values.isfinite(), values.double(), 0.0).sum() / count
 
     return {
         "num_sequences": (tokens.lengths > 0).sum().double(),
         "num_tokens": tokens.lengths.sum(),
-        "nonfinite_tokens": (tokens.live & ~policy.taking_part).sum().double(),
+        "nonfinite_tokens": (tokens.valid & ~policy.in_loss).sum().double(),
         "ratio_mean": mean(tokens.ratio),
         "approx_kl": mean(-tokens.log_weight),
+        **log_ratio_metrics(tokens.log_weight, tokens.valid),
         **{key: mean(values.double()) for key, values in policy.metrics.items()},
     }
 
 
 def _scale(check: Check, aggregation: str, terms: dict[str, Any], tokens: TokenBatch) -> Tensor:
     """k_t [N] float64, 0 where a token does not count."""
-    max_tokens = terms["max_tokens"]
-    if aggregation == "seq-mean-token-sum-norm" and max_tokens is None:
-        if tokens.segments.max_length is None:
-            raise check.value_error(
-                "aggregation 'seq-mean-token-sum-norm' needs max_tokens for packed and indexed segments, whose "
-                "longest possible sequence is not known. Set max_tokens to the generation limit."
-            )
-        max_tokens = float(tokens.segments.max_length)
+    given = terms["max_tokens"]
+    max_tokens = longest_possible(check, aggregation, given, tokens.segments, "max_tokens", "Set max_tokens")
     lengths = tokens.lengths
-    given = (terms["num_sequences"], terms["num_tokens"])
+    whole = (terms["num_sequences"], terms["num_tokens"])
     counted = ((lengths > 0).sum().double(), lengths.sum())
-    totals = [c if g is None else torch.full_like(c, g) for g, c in zip(given, counted, strict=True)]
+    totals = [c if w is None else torch.full_like(c, w) for w, c in zip(whole, counted, strict=True)]
     return tokens.spread(aggregation_scale(aggregation, lengths, totals[0], totals[1], max_tokens))

@@ -6,66 +6,54 @@ Layer: tokens [N].
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.objectives.build import TokenTerms, build_objective
-from vcpo_kernels.objectives.common import CommonTerms
-from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
-from vcpo_kernels.objectives.output import ObjectiveOutput
+from vcpo_kernels.objectives.build import TokenTerms
+from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights, log_or
+from vcpo_kernels.objectives.token_objective import TokenObjective
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
-from vcpo_kernels.rows.token_stats import TokenStats
-from vcpo_kernels.sequences.segments import Segments
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
-def log_clip_bounds(check: Check, clip_low: float, clip_high: float) -> tuple[float, float]:
-    """log(1 - clip_low) and log(1 + clip_high), checked; clip_low >= 1 is no bound below."""
-    low = check.finite_float("clip_low", clip_low, minimum=0.0)
-    high = check.finite_float("clip_high", clip_high, minimum=0.0)
-    return (math.log1p(-low) if low < 1 else -math.inf), math.log1p(high)
+@dataclass(frozen=True, kw_only=True)
+class ClippedObjective(TokenObjective):
+    """Methods with PPO's clip. clip_low, clip_high: the bounds' distances from 1; clip_low >= 1: no lower bound."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def checked(self, check: Check) -> dict[str, Any]:
+        return self.each(check.finite_float, "clip_low", "clip_high", minimum=0.0)
+
+    def clipped(
+        self, log_ratio: Tensor, advantages: Tensor, dual: float = math.inf, per_sequence: bool = False
+    ) -> TokenTerms:
+        """min(r A, clip(r) A), its derivative and what was clipped, from log r; A < 0 stops at r = e^dual."""
+        low = math.log1p(-self.clip_low) if self.clip_low < 1 else -math.inf
+        high = math.log1p(self.clip_high)
+        clipped_high = (advantages > 0) & (log_ratio > high)
+        clipped_low = (advantages < 0) & (log_ratio < low)
+        dual_clipped = (advantages < 0) & (log_ratio > dual)
+        flat = clipped_high | clipped_low | dual_clipped
+        # A bound acts on the side of its sign alone: above for A > 0, below (and at the dual bound) for A < 0.
+        bounded = torch.where(
+            advantages > 0,
+            log_ratio.clamp(max=high),
+            log_ratio.clamp(low, dual) if dual < math.inf else log_ratio.clamp(low),
+        )
+        values = times(exp_or_drop(bounded), advantages)
+        metrics = {"clip_fraction": flat, "clip_low_fraction": clipped_low, "clip_high_fraction": clipped_high}
+        if dual < math.inf:
+            metrics["dual_clip_fraction"] = dual_clipped
+        return TokenTerms(torch.where(flat, 0.0, values), values, metrics, per_sequence)
 
 
-def clipped_terms(
-    log_ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float = math.inf, per_sequence: bool = False
-) -> TokenTerms:
-    """min(r A, clip(r) A), its derivative and what was clipped, from log r and log bounds; A < 0 stops at r = e^dual."""
-    clipped_high = (advantages > 0) & (log_ratio > high)
-    clipped_low = (advantages < 0) & (log_ratio < low)
-    dual_clipped = (advantages < 0) & (log_ratio > dual)
-    flat = clipped_high | clipped_low | dual_clipped
-    # A bound acts on the side of its sign alone: above for A > 0, below (and at the dual bound) for A < 0.
-    bounded = torch.where(
-        advantages > 0,
-        log_ratio.clamp(max=high),
-        log_ratio.clamp(low, dual) if dual < math.inf else log_ratio.clamp(low),
-    )
-    values = times(exp_or_drop(bounded), advantages)
-    metrics = {"clip_fraction": flat, "clip_low_fraction": clipped_low, "clip_high_fraction": clipped_high}
-    if dual < math.inf:
-        metrics["dual_clip_fraction"] = dual_clipped
-    return TokenTerms(torch.where(flat, 0.0, values), values, metrics, per_sequence)
-
-
-def ppo_clip(
-    stats: TokenStats,
-    behavior_logp: Tensor,
-    advantages: Tensor,
-    segments: Segments,
-    *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    proximal_logp: Tensor | None = None,
-    correction: Correction | None = None,
-    aggregation: str = "seq-mean-token-mean",
-    **common: Unpack[CommonTerms],
-) -> ObjectiveOutput:
+@dataclass(frozen=True, kw_only=True)
+class PPOClip(ClippedObjective):
     """PPO's clipped surrogate, as GRPO, DAPO, Dr.GRPO and BNPO use it: they differ in `aggregation` and the bounds.
 
     Token objective min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi/pi_prox (PPO, arXiv 1707.06347, eq. 7); with
@@ -74,18 +62,11 @@ def ppo_clip(
     (arXiv 2503.14476) token-mean with clip_high 0.28, "dr_grpo" (arXiv 2503.20783) seq-mean-token-sum-norm, "bnpo" token-mean
     of each batch by itself. Without dual_clip, a ratio of e^80 and more with A < 0 is dropped and counted.
 
-    Args:
-        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+    Hyperparameters:
         clip_low, clip_high: the bounds' distances from 1; clip_low >= 1: no lower bound.
         dual_clip: > 1 + clip_high. None: no such bound.
-        proximal_logp: log pi_prox, the policy of the last update; None: r = pi/mu.
-        correction: the factor pi_prox/mu (decoupled PPO, AReaL, arXiv 2505.24298; TRL's vllm_importance_sampling_*).
 
-    Returns:
-        ObjectiveOutput; metrics clip_fraction, clip_low_fraction, clip_high_fraction, dual_clip_fraction.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
+    Metrics: clip_fraction, clip_low_fraction, clip_high_fraction, dual_clip_fraction.
 
     >>> import torch, vcpo_kernels as vk
     >>> from vcpo_kernels import objectives
@@ -97,60 +78,36 @@ def ppo_clip(
     tensor([[ 0.2763,  0.0000],
             [-0.2763, -0.4122]])
     """
-    check = Check("ppo_clip")
-    low, high = log_clip_bounds(check, clip_low, clip_high)
-    dual = dual_bound(check, dual_clip, clip_high)
 
-    def rule(tokens: TokenBatch) -> TokenTerms:
-        return clipped_terms(tokens.log_ratio, tokens.advantages, low, high, dual)
+    name: ClassVar[str] = "ppo_clip"
 
-    return build_objective(
-        check, rule, stats, behavior_logp, advantages, segments, common,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
-    )  # fmt: skip
+    dual_clip: float | None = None
 
+    def checked(self, check: Check) -> dict[str, Any]:
+        clips = super().checked(check)
+        dual, highest = check.optional_positive_float("dual_clip", self.dual_clip), 1 + clips["clip_high"]
+        if dual is not None and dual <= highest:  # trainers disagree on what it means there
+            raise check.value_error(
+                f"dual_clip must be > 1 + clip_high = {highest:g}, got {self.dual_clip!r}. Usual values are 3 to 10."
+            )
+        return {**clips, "dual_clip": dual}
 
-def dual_bound(check: Check, dual_clip: float | None, clip_high: float) -> float:
-    """log dual_clip, or inf. At or below 1 + clip_high trainers disagree on what it means, so that is refused."""
-    number = check.optional_positive_float("dual_clip", dual_clip)
-    if number is None:
-        return math.inf
-    if number <= 1 + clip_high:
-        raise check.value_error(
-            f"dual_clip must be > 1 + clip_high = {1 + clip_high:g}, got {dual_clip!r}. Usual values are 3 to 10."
-        )
-    return math.log(number)
+    def rule(self, tokens: TokenBatch) -> TokenTerms:
+        return self.clipped(tokens.log_ratio, tokens.advantages, log_or(self.dual_clip, math.inf))
 
 
-def cispo(
-    stats: TokenStats,
-    behavior_logp: Tensor,
-    advantages: Tensor,
-    segments: Segments,
-    *,
-    min_ratio: float | None = None,
-    max_ratio: float | None = 5.0,
-    proximal_logp: Tensor | None = None,
-    correction: Correction | None = None,
-    aggregation: str = "token-mean",
-    **common: Unpack[CommonTerms],
-) -> ObjectiveOutput:
+@dataclass(frozen=True, kw_only=True)
+class CISPO(TokenObjective):
     """CISPO: the clipped ratio as a constant weight before log pi, so that no token loses its gradient.
 
     Token objective sg[clip(r, min_ratio, max_ratio)] A log pi (MiniMax-M1, arXiv 2506.13585, eqs. 4 and 5), r = pi/pi_prox.
     max_ratio is 1 + eps_high of the paper; TRL's epsilon_high with loss_type "cispo" (5.0 after ScaleRL, arXiv 2510.13786);
     verl clips below as well, min_ratio = 1 - clip_ratio_low.
 
-    Args:
-        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+    Hyperparameters:
         min_ratio, max_ratio: None: no bound on that side (then e^80 and more is dropped and counted).
-        proximal_logp, correction: as in `ppo_clip`.
 
-    Returns:
-        ObjectiveOutput; metrics clip_fraction.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
+    Metrics: clip_fraction.
 
     >>> import torch, vcpo_kernels as vk
     >>> from vcpo_kernels import objectives
@@ -159,15 +116,17 @@ def cispo(
     >>> objectives.cispo(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.5000, 2.5000]])
     """
-    check = Check("cispo")
-    check_bounds(check, "min_ratio", min_ratio, "max_ratio", max_ratio)
-    bounds = Correction("truncate", "token", min_ratio, max_ratio)
 
-    def rule(tokens: TokenBatch) -> TokenTerms:
+    name: ClassVar[str] = "cispo"
+
+    min_ratio: float | None = None
+    max_ratio: float | None = 5.0
+    aggregation: str = "token-mean"
+
+    def checked(self, check: Check) -> dict[str, Any]:
+        return check_bounds(check, "min_ratio", self.min_ratio, "max_ratio", self.max_ratio)
+
+    def rule(self, tokens: TokenBatch) -> TokenTerms:
+        bounds = Correction("truncate", "token", self.min_ratio, self.max_ratio)
         weights, outside = corrected_weights(tokens, tokens.log_ratio, bounds)
         return TokenTerms(times(weights, tokens.advantages), metrics={"clip_fraction": outside})
-
-    return build_objective(
-        check, rule, stats, behavior_logp, advantages, segments, common,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
-    )  # fmt: skip

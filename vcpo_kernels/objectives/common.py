@@ -1,4 +1,4 @@
-"""CommonTerms: the keyword arguments that every objective takes, their defaults and their checks.
+"""CommonTerms and ObjectiveTerms: the keyword arguments that objectives share, their defaults and their checks.
 
 Layer: arguments, before any tensor is touched.
 """
@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.kl import ESTIMATORS
 from vcpo_kernels.sequences.aggregation import AGGREGATIONS
 
@@ -40,6 +41,21 @@ class CommonTerms(TypedDict, total=False):
     entropy_coefficient: float
     ess_max_weight: float | None
 
+
+class ObjectiveTerms(CommonTerms, total=False):
+    """`CommonTerms`, and two where the method has a proximal policy (`TokenObjective.proximal_terms`).
+
+    proximal_logp: log pi_prox of each token, the policy of the last update, which the ratio is taken against. None: the
+        behaviour policy, r = pi/mu.
+    correction: the factor pi_prox/mu before the policy term (decoupled PPO, AReaL, arXiv 2505.24298; TRL's
+        vllm_importance_sampling_*); needs proximal_logp.
+    """
+
+    proximal_logp: Tensor | None
+    correction: Correction | None
+
+
+PROXIMAL_TERMS = ("proximal_logp", "correction")
 
 DEFAULTS: CommonTerms = {
     "kl_coefficient": 0.0,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,12 +46,13 @@ class Correction:
         check_bounds(Check("Correction"), "minimum", self.minimum, "maximum", self.maximum)
 
 
-def check_bounds(check: Check, low_name: str, low: float | None, high_name: str, high: float | None) -> None:
-    """Raise unless both are None or finite and > 0, and low <= high."""
+def check_bounds(check: Check, low_name: str, low: float | None, high_name: str, high: float | None) -> dict[str, Any]:
+    """Both by name, as floats or None. Raises unless they are None or finite and > 0, and low <= high."""
     low = check.optional_positive_float(low_name, low)
     high = check.optional_positive_float(high_name, high)
     if low is not None and high is not None and low > high:
         raise check.value_error(f"{low_name} must be <= {high_name}, got {low_name}={low} and {high_name}={high}.")
+    return {low_name: low, high_name: high}
 
 
 def log_or(bound: float | None, otherwise: float) -> float:

@@ -6,56 +6,45 @@ Layer: tokens [N]. What is left out stays in the aggregation's counts.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.objectives.build import TokenTerms, build_objective
-from vcpo_kernels.objectives.clipped import clipped_terms, dual_bound, log_clip_bounds
-from vcpo_kernels.objectives.common import CommonTerms
-from vcpo_kernels.objectives.correction import Correction, check_bounds
-from vcpo_kernels.objectives.output import ObjectiveOutput
+from vcpo_kernels.objectives.build import TokenTerms
+from vcpo_kernels.objectives.clipped import ClippedObjective, PPOClip
+from vcpo_kernels.objectives.correction import Correction, check_bounds, log_or
+from vcpo_kernels.objectives.token_objective import TokenObjective
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
-from vcpo_kernels.rows.token_stats import TokenStats
-from vcpo_kernels.sequences.segments import Segments
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 
 
-def icepop(
-    stats: TokenStats,
-    behavior_logp: Tensor,
-    advantages: Tensor,
-    segments: Segments,
-    *,
-    min_weight: float | None = 0.5,
-    max_weight: float | None = 5.0,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    proximal_logp: Tensor | None = None,
-    aggregation: str = "token-mean",
-    **common: Unpack[CommonTerms],
-) -> ObjectiveOutput:
+def _left_out(terms: TokenTerms, masked: Tensor, per_sequence: bool) -> TokenTerms:
+    return replace(
+        terms,
+        coefficients=torch.where(masked, 0.0, terms.coefficients),
+        values=None if terms.values is None else torch.where(masked, 0.0, terms.values),
+        metrics={**terms.metrics, "masked_fraction": masked},
+        per_sequence=per_sequence,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IcePop(ClippedObjective):
     """IcePop: PPO's clip, times k 1(min_weight <= k <= max_weight) with k = pi_prox/mu of each token.
 
     Token objective M(k) min(r A, clip(r) A), r = pi/pi_prox (Ling team, "Small Leak Can Sink a Great Ship: Boost RL Training
     on MoE with IcePop", 2025, with [0.5, 5]; Ring-1T). k is the mismatch of the sampler and the trainer's own old policy.
+    proximal_logp is the trainer's logp at the last update; without it, the policy as it is (one step per batch): r = 1 and
+    k = pi/mu.
 
-    Args:
-        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+    Hyperparameters:
         min_weight, max_weight: the range of k that is trained on.
         clip_low, clip_high: as in `ppo_clip`.
-        proximal_logp: the trainer's logp at the last update. None: the policy as it is (one step per batch), r = 1 and
-            k = pi/mu.
 
-    Returns:
-        ObjectiveOutput; metrics as `ppo_clip`, correction_mean, correction_outside_fraction (the masked ones).
-
-    Raises:
-        TypeError, ValueError: naming the argument.
+    Metrics: as `ppo_clip`, correction_mean, correction_outside_fraction (the masked ones).
 
     >>> import torch, vcpo_kernels as vk
     >>> from vcpo_kernels import objectives
@@ -64,51 +53,42 @@ def icepop(
     >>> objectives.icepop(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.5000, 0.0000]])
     """
-    check = Check("icepop")
-    check_bounds(check, "min_weight", min_weight, "max_weight", max_weight)
-    low, high = log_clip_bounds(check, clip_low, clip_high)
-    if proximal_logp is None and isinstance(stats, TokenStats):
-        proximal_logp = stats.logp.detach()
 
-    def rule(tokens: TokenBatch) -> TokenTerms:
-        return clipped_terms(tokens.log_ratio, tokens.advantages, low, high)
+    name: ClassVar[str] = "icepop"
+    proximal_terms: ClassVar[tuple[str, ...]] = ("proximal_logp",)
 
-    return build_objective(
-        check, rule, stats, behavior_logp, advantages, segments, common, aggregation=aggregation, proximal_logp=proximal_logp,
-        correction=Correction("mask", "token", min_weight, max_weight),
-    )  # fmt: skip
+    min_weight: float | None = 0.5
+    max_weight: float | None = 5.0
+    aggregation: str = "token-mean"
+
+    def checked(self, check: Check) -> dict[str, Any]:
+        bounds = check_bounds(check, "min_weight", self.min_weight, "max_weight", self.max_weight)
+        return {**bounds, **super().checked(check)}
+
+    def proximal(
+        self, stats: TokenStats, logp: Tensor | None, correction: Correction | None
+    ) -> tuple[Tensor, Correction]:
+        check_stats(self.check, stats)
+        mask = Correction("mask", "token", self.min_weight, self.max_weight)
+        return stats.logp.detach() if logp is None else logp, mask
+
+    def rule(self, tokens: TokenBatch) -> TokenTerms:
+        return self.clipped(tokens.log_ratio, tokens.advantages)
 
 
-def opsm(
-    stats: TokenStats,
-    behavior_logp: Tensor,
-    advantages: Tensor,
-    segments: Segments,
-    *,
-    threshold: float = 0.5,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    proximal_logp: Tensor | None = None,
-    correction: Correction | None = None,
-    aggregation: str = "seq-mean-token-mean",
-    **common: Unpack[CommonTerms],
-) -> ObjectiveOutput:
+@dataclass(frozen=True, kw_only=True)
+class OPSM(PPOClip):
     """Off-policy sequence masking: PPO's clip without the bad sequences (A < 0) that the policy has moved away from.
 
     A token is left out where A < 0 and mean_t(log mu - log pi) > threshold over its sequence (DeepSeek-V3.2, arXiv 2512.02556,
-    eq. 9; TRL's off_policy_mask_threshold, of which its documentation names 0.5; slime's --opsm-delta, 1e-4).
+    eq. 9; TRL's off_policy_mask_threshold, of which its documentation names 0.5; slime's --opsm-delta, 1e-4). The mask is
+    always against mu, whatever r is against.
 
-    Args:
-        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+    Hyperparameters:
         threshold: delta, in nats per token, >= 0.
-        clip_low, clip_high, dual_clip, proximal_logp, correction: as in `ppo_clip`. The mask is always against mu.
+        clip_low, clip_high, dual_clip: as in `ppo_clip`.
 
-    Returns:
-        ObjectiveOutput; metrics as `ppo_clip`, masked_fraction.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
+    Metrics: as `ppo_clip`, masked_fraction.
 
     >>> import torch, vcpo_kernels as vk
     >>> from vcpo_kernels import objectives
@@ -119,39 +99,21 @@ def opsm(
     tensor([[ 0.0000],
             [-0.4524]])
     """
-    check = Check("opsm")
-    low, high = log_clip_bounds(check, clip_low, clip_high)
-    dual = dual_bound(check, dual_clip, clip_high)
-    delta = check.finite_float("threshold", threshold, minimum=0.0)
 
-    def rule(tokens: TokenBatch) -> TokenTerms:
-        terms = clipped_terms(tokens.log_ratio, tokens.advantages, low, high, dual)
-        masked = (tokens.advantages < 0) & (tokens.sequence_mean(-tokens.log_weight) > delta)
-        return _left_out(terms, masked, per_sequence=True)
+    name: ClassVar[str] = "opsm"
 
-    return build_objective(
-        check, rule, stats, behavior_logp, advantages, segments, common,
-        aggregation=aggregation, proximal_logp=proximal_logp, correction=correction,
-    )  # fmt: skip
+    threshold: float = 0.5
+
+    def checked(self, check: Check) -> dict[str, Any]:
+        return {**super().checked(check), **self.each(check.finite_float, "threshold", minimum=0.0)}
+
+    def rule(self, tokens: TokenBatch) -> TokenTerms:
+        masked = (tokens.advantages < 0) & (tokens.sequence_mean(-tokens.log_weight) > self.threshold)
+        return _left_out(super().rule(tokens), masked, per_sequence=True)
 
 
-def _left_out(terms: TokenTerms, masked: Tensor, per_sequence: bool) -> TokenTerms:
-    values = None if terms.values is None else torch.where(masked, 0.0, terms.values)
-    coefficients = torch.where(masked, 0.0, terms.coefficients)
-    return TokenTerms(coefficients, values, {**terms.metrics, "masked_fraction": masked}, per_sequence)
-
-
-def m2po(
-    stats: TokenStats,
-    behavior_logp: Tensor,
-    advantages: Tensor,
-    segments: Segments,
-    *,
-    threshold: float = 0.04,
-    trust_region_only: bool = True,
-    aggregation: str = "token-mean",
-    **common: Unpack[CommonTerms],
-) -> ObjectiveOutput:
+@dataclass(frozen=True, kw_only=True)
+class M2PO(TokenObjective):
     """M2PO: r A without the tokens of largest (log r)^2, as many as it takes to bring their mean down to the threshold.
 
     Second-moment trust policy optimization (arXiv 2510.01161, Algorithm 1), r = pi/mu: among the trust-region tokens (A > 0
@@ -160,16 +122,11 @@ def m2po(
     clip bounds of the same threshold, no tighter than 0.7 and 1.5. The mask is taken over the batch that this call sees: with
     micro-batches, over each by itself. Unmasked ratios of e^80 and more are dropped.
 
-    Args:
-        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+    Hyperparameters:
         threshold: tau_M2, > 0.
         trust_region_only: False: every valid token is in the mean and may be masked.
 
-    Returns:
-        ObjectiveOutput; metrics masked_fraction, second_moment (mean of (log r)^2 over all tokens that take part).
-
-    Raises:
-        TypeError, ValueError: naming the argument.
+    Metrics: masked_fraction, second_moment (mean of (log r)^2 over all tokens in the loss).
 
     >>> import torch, vcpo_kernels as vk
     >>> from vcpo_kernels import objectives
@@ -178,64 +135,45 @@ def m2po(
     >>> objectives.m2po(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 3))).coefficients
     tensor([[0.3684, 0.0000, 0.0451]])
     """
-    check = Check("m2po")
-    tau = check.positive_float("threshold", threshold)
-    only = check.boolean("trust_region_only", trust_region_only)
 
-    def rule(tokens: TokenBatch) -> TokenTerms:
+    name: ClassVar[str] = "m2po"
+    proximal_terms: ClassVar[tuple[str, ...]] = ()
+
+    threshold: float = 0.04
+    trust_region_only: bool = True
+    aggregation: str = "token-mean"
+
+    def checked(self, check: Check) -> dict[str, Any]:
+        return {**self.each(check.positive_float, "threshold"), **self.each(check.boolean, "trust_region_only")}
+
+    def rule(self, tokens: TokenBatch) -> TokenTerms:
         d, a = tokens.log_ratio, tokens.advantages
         second_moment = d.double().square()
-        candidates = tokens.live & (second_moment < math.inf)
-        if only:
+        candidates = tokens.valid & (second_moment < math.inf)
+        if self.trust_region_only:
             candidates = candidates & (((a > 0) & (d > 0)) | ((a < 0) & (d < 0)))
         # In ascending order the running mean never falls, so the tokens to keep are those up to its last value <= tau.
         ascending, order = torch.where(candidates, second_moment, math.inf).sort(stable=True)
         ranks = torch.arange(1, d.shape[0] + 1, device=d.device)
-        kept = torch.zeros_like(candidates).scatter(0, order, ascending.cumsum(0) / ranks <= tau)
+        kept = torch.zeros_like(candidates).scatter(0, order, ascending.cumsum(0) / ranks <= self.threshold)
         masked = candidates & ~kept
         values = torch.where(masked, 0.0, times(tokens.ratio, a))
         return TokenTerms(values, values, {"masked_fraction": masked, "second_moment": second_moment})
 
-    return build_objective(
-        check,
-        rule,
-        stats,
-        behavior_logp,
-        advantages,
-        segments,
-        common,
-        aggregation=aggregation,
-    )
 
-
-def dppo_tv(
-    stats: TokenStats,
-    behavior_logp: Tensor,
-    advantages: Tensor,
-    segments: Segments,
-    *,
-    divergence_low: float = 0.2,
-    divergence_high: float = 0.2,
-    max_ratio: float | None = 20.0,
-    aggregation: str = "token-mean",
-    **common: Unpack[CommonTerms],
-) -> ObjectiveOutput:
+@dataclass(frozen=True, kw_only=True)
+class DPPOTV(TokenObjective):
     """DPPO with the binary total-variation mask: a token is left out once its probability, not its ratio, has moved enough.
 
     Token objective sg[min(r, max_ratio)] A log pi, r = pi/mu, left out where A > 0 and pi - mu > divergence_high, or A <= 0 and
     pi - mu < -divergence_low (arXiv 2602.04879, Binary-TV; verl's "dppo_tv", whose clip_ratio_c = 20 is max_ratio; prime-rl's
     dppo_mask_low and dppo_mask_high, 0.2).
 
-    Args:
-        stats, behavior_logp, advantages, segments, aggregation, common: see `objective_from_coefficients`.
+    Hyperparameters:
         divergence_low, divergence_high: in probability, >= 0.
         max_ratio: None: untruncated (then e^80 and more is dropped and counted).
 
-    Returns:
-        ObjectiveOutput; metrics masked_fraction, truncated_fraction.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
+    Metrics: masked_fraction, truncated_fraction.
 
     >>> import torch, vcpo_kernels as vk
     >>> from vcpo_kernels import objectives
@@ -244,26 +182,23 @@ def dppo_tv(
     >>> objectives.dppo_tv(stats, mu, torch.tensor([1.0]), vk.Segments.padded(torch.ones(1, 2))).coefficients
     tensor([[0.6250, 0.0000]])
     """
-    check = Check("dppo_tv")
-    low = check.finite_float("divergence_low", divergence_low, minimum=0.0)
-    high = check.finite_float("divergence_high", divergence_high, minimum=0.0)
-    limit = check.optional_positive_float("max_ratio", max_ratio)
-    log_limit = math.inf if limit is None else math.log(limit)
 
-    def rule(tokens: TokenBatch) -> TokenTerms:
+    name: ClassVar[str] = "dppo_tv"
+    proximal_terms: ClassVar[tuple[str, ...]] = ()
+
+    divergence_low: float = 0.2
+    divergence_high: float = 0.2
+    max_ratio: float | None = 20.0
+    aggregation: str = "token-mean"
+
+    def checked(self, check: Check) -> dict[str, Any]:
+        divergences = self.each(check.finite_float, "divergence_low", "divergence_high", minimum=0.0)
+        return {**divergences, **self.each(check.optional_positive_float, "max_ratio")}
+
+    def rule(self, tokens: TokenBatch) -> TokenTerms:
         moved = tokens.logp.exp() - tokens.behavior_logp.exp()
-        masked = torch.where(tokens.advantages > 0, moved > high, moved < -low)
+        masked = torch.where(tokens.advantages > 0, moved > self.divergence_high, moved < -self.divergence_low)
+        log_limit = log_or(self.max_ratio, math.inf)
         weights = exp_or_drop(tokens.log_ratio.clamp(max=log_limit))
         metrics = {"truncated_fraction": ~masked & (tokens.log_ratio > log_limit)}
         return _left_out(TokenTerms(times(weights, tokens.advantages), metrics=metrics), masked, per_sequence=False)
-
-    return build_objective(
-        check,
-        rule,
-        stats,
-        behavior_logp,
-        advantages,
-        segments,
-        common,
-        aggregation=aggregation,
-    )

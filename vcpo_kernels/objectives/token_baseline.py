@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.dtypes import wide
 from vcpo_kernels.objectives.tokens import like_logp
-from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 from vcpo_kernels.sequences.baselines import check_groups, check_rewards, group_baselines, grouped
-from vcpo_kernels.sequences.segment_sum import segment_sum
-from vcpo_kernels.sequences.segments import Segments, check_segments
+from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
 
 
 def optimal_token_advantages(
@@ -58,8 +58,7 @@ def optimal_token_advantages(
     """
     check = Check("optimal_token_advantages")
     check_segments(check, segments)
-    if not isinstance(stats, TokenStats):
-        raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
+    check_stats(check, stats)
     norms = segments.flat(check, "stats", stats.score_sqnorm).detach()
     check.tensor("rewards", rewards)
     check.shape("rewards", rewards, (segments.num_sequences,), "one reward per sequence")
@@ -70,9 +69,10 @@ def optimal_token_advantages(
     check.same_device("groups", ids, "stats", norms)
     tail = check.boolean("zero_tail", zero_tail)
     weights = None if token_weights is None else like_logp(check, "token_weights", token_weights, segments, norms)
-    walk = _Walk(segments, norms.numel(), stats.shifted)
+    check_seen(check, segments, stats)
+    walk = _Walk(segments.seen_by(stats), norms.numel())
     gathered = norms.double() if weights is None else norms.double() * weights.double().square()
-    gathered = torch.where(walk.live, gathered[walk.order], 0.0)
+    gathered = torch.where(walk.valid, gathered[walk.order], 0.0)
     if checks.readable(gathered) and not bool(gathered.isfinite().all()):
         raise check.value_error(
             "token_weights (and stats.score_sqnorm) must be finite at valid tokens. Truncate the weights first."
@@ -83,25 +83,24 @@ def optimal_token_advantages(
 
 
 class _Walk:
-    """The tokens in order of sequence and position. Tensors [N]: order (flat positions), sequence, live, position (from 1)."""
+    """The tokens in order of sequence and position. Tensors [N]: order (flat positions), sequence, valid, position (from 1)."""
 
-    def __init__(self, segments: Segments, num_tokens: int, shifted: bool) -> None:
-        mask = segments.mask_without_first(num_tokens) if shifted else segments.mask
+    def __init__(self, segments: Segments, num_tokens: int) -> None:
         device = segments.offsets.device
-        places = torch.arange(num_tokens, device=device)
-        self.order = places if segments.order is None else segments.order
-        # Which sequence owns the p-th token of this walk; one past the last sequence for tokens of none.
-        owner = torch.searchsorted(segments.offsets, places, right=True) - 1
-        self.live = owner < segments.num_sequences
-        if mask is not None:
-            self.live = self.live & mask[self.order]
+        ranks = torch.arange(num_tokens, device=device)
+        self.order = ranks if segments.order is None else segments.order
+        # One past the last sequence for unassigned tokens.
+        owner = torch.searchsorted(segments.offsets, ranks, right=True) - 1
+        self.valid = owner < segments.num_sequences
+        if segments.mask is not None:
+            self.valid = self.valid & segments.mask[self.order]
         self.sequence = owner.clamp(max=max(segments.num_sequences - 1, 0))
-        self.start = segments.offsets[self.sequence] if segments.num_sequences else places
-        self.position = self.running(self.live.double()).round().long()
-        self.lengths = segment_sum(torch.ones(num_tokens, device=device), mask, segments.offsets, segments.order)
+        self.start = segments.offsets[self.sequence] if segments.num_sequences else ranks
+        self.position = self.running(self.valid.double()).round().long()
+        self.lengths = segments.reduce(torch.ones(num_tokens, device=device))
 
     def running(self, values: Tensor) -> Tensor:
-        """Sums of each sequence up to and including each token, float64; values must be 0 where not live."""
+        """Sums of each sequence up to and including each token, float64; values must be 0 where not valid."""
         total = torch.nn.functional.pad(values.cumsum(0), (1, 0))
         return total[1:] - total[self.start.clamp(max=values.shape[0])]
 
@@ -110,15 +109,15 @@ def _advantages(
     rewards: Tensor, ids: Tensor, count: int, walk: _Walk, gathered: Tensor, zero_tail: bool, check: Check
 ) -> Tensor:
     reward = rewards.detach().double()
-    present = walk.lengths > 0
-    check_rewards(check, rewards, present)
-    ok = present & reward.isfinite()
+    nonempty = walk.lengths > 0
+    check_rewards(check, rewards, nonempty)
+    ok = nonempty & reward.isfinite()
     _, _, equal = group_baselines(reward, torch.zeros_like(reward), ok, ids, count)
-    live = walk.live & ok[walk.sequence]
-    r = torch.where(live, reward[walk.sequence], 0.0)
-    w = torch.where(live, walk.running(gathered), 0.0)
+    valid = walk.valid & ok[walk.sequence]
+    r = torch.where(valid, reward[walk.sequence], 0.0)
+    w = torch.where(valid, walk.running(gathered), 0.0)
     # One cell per (group, position): cells in use are numbered by sorting their keys, so that no table [groups, T] is needed.
-    key = torch.where(live, ids[walk.sequence] * (r.shape[0] + 1) + walk.position, -1)
+    key = torch.where(valid, ids[walk.sequence] * (r.shape[0] + 1) + walk.position, -1)
     in_order, by_key = torch.sort(key, stable=True)
     new = torch.ones_like(in_order, dtype=torch.bool)
     new[1:] = in_order[1:] != in_order[:-1]
@@ -127,11 +126,10 @@ def _advantages(
     def total(values: Tensor) -> Tensor:
         return torch.zeros_like(r).scatter_add(0, cell, values)[cell]
 
-    weight, here = total(w), total(live.double())
+    weight, here = total(w), total(valid.double())
     baseline = torch.where(weight > 0, total(w * r) / weight, total(r) / here.clamp(min=1))
     group_size = grouped("sum", ok.double(), ids, count, 0.0)[ids][walk.sequence]
     alone = (here == 1) & (group_size > 1)
     baseline = torch.where(alone, 0.0 if zero_tail else r, baseline)
-    advantages = torch.where(live & ~equal[ids][walk.sequence], r - baseline, 0.0)
-    wide = torch.float64 if rewards.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(advantages).scatter(0, walk.order, advantages).to(wide)
+    advantages = torch.where(valid & ~equal[ids][walk.sequence], r - baseline, 0.0)
+    return torch.zeros_like(advantages).scatter(0, walk.order, advantages).to(wide(rewards.dtype))

@@ -6,6 +6,7 @@ Layer: tokens [N]. Eager torch throughout: token-sized work is V times smaller t
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -13,20 +14,15 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.core.dtypes import widened
+from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
-from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
-from vcpo_kernels.sequences.segments import Segments, check_segments
+from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
 
 
 def exp_or_drop(log_values: Tensor) -> Tensor:
     """exp, except that e^80 and more become inf, whose token the builder drops and counts. NaN stays NaN."""
     return torch.where(log_values < UNTRUNCATED_LIMIT, log_values.exp(), log_values + math.inf)
-
-
-def wide(values: Tensor) -> Tensor:
-    """fp32, or float64 as it is: in fp32 the segment ops stay on a GPU's own kernels, which float64 has not."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def times(weights: Tensor, advantages: Tensor) -> Tensor:
@@ -41,13 +37,13 @@ def by_flag(flags: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Tokens [N] of a batch, detached, in fp32 or float64. Everything is 0 where `live` is false, so it may hold no NaN there.
+    """Tokens [N] of a batch, detached, in fp32 or float64. Everything is 0 where `valid` is false, so it may hold no NaN there.
 
     logp, behavior_logp: log pi and log mu. advantages: A_t (an advantage per sequence is written to each of its tokens).
     log_weight: log pi/mu. log_ratio: log pi/pi_prox, what the method clips (log pi/mu without proximal_logp).
     log_correction: log pi_prox/mu (None without proximal_logp).
-    live: bool, the tokens that count. sequence_advantages: whether A was given per sequence.
-    lengths: |T_i| [B] float64.
+    valid: bool, the tokens that count. sequence_advantages: whether A was given per sequence.
+    lengths: |T_i| [B] float64. segments: whose token is whose, less what a shifted pass has no prediction for.
     """
 
     logp: Tensor
@@ -56,10 +52,9 @@ class TokenBatch:
     log_weight: Tensor
     log_ratio: Tensor
     log_correction: Tensor | None
-    live: Tensor
+    valid: Tensor
     lengths: Tensor
     sequence_advantages: bool
-    mask: Tensor | None
     segments: Segments
 
     @property
@@ -69,21 +64,32 @@ class TokenBatch:
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """[N] -> [N]: each token gets the sum over its sequence's tokens (accumulated in float64)."""
-        return self.spread(segment_sum(values, self.mask, self.segments.offsets, self.segments.order))
+        return self.spread(self.segments.reduce(values))
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """[N] -> [N]: each token gets the mean over its sequence's tokens."""
-        sums = segment_sum(values, self.mask, self.segments.offsets, self.segments.order)
+        sums = self.segments.reduce(values)
         return self.spread(sums / self.lengths.clamp(min=1).to(sums.dtype))
 
     def spread(self, per_sequence: Tensor) -> Tensor:
         """[B] -> [N] in logp's dtype, 0 where a token does not count."""
-        per_sequence = per_sequence.to(self.logp.dtype)
-        return segment_spread(per_sequence, self.mask, self.segments.offsets, self.segments.order, self.live.shape[0])
+        return self.segments.expand(per_sequence.to(self.logp.dtype), self.logp.shape[0])
 
     def any_of_sequence(self, flags: Tensor) -> Tensor:
         """Bool [N] -> [N]: whether the flag is up at any token of the sequence."""
-        return self.sequence_sum((flags & self.live).to(self.logp.dtype)) > 0
+        return self.sequence_sum((flags & self.valid).to(self.logp.dtype)) > 0
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Deprecated: `valid`, or `segments.mask`."""
+        warnings.warn("TokenBatch.mask is segments.mask; mask goes with the next version.", DeprecationWarning, 2)
+        return self.segments.mask
+
+    @property
+    def live(self) -> Tensor:
+        """Deprecated: `valid`."""
+        warnings.warn("TokenBatch.live is called valid; live goes with the next version.", DeprecationWarning, 2)
+        return self.valid
 
 
 def token_batch(
@@ -99,16 +105,15 @@ def token_batch(
     Raises TypeError or ValueError naming the argument; on the CPU also for advantages that are not finite where they count.
     """
     check_segments(check, segments)
-    if not isinstance(stats, TokenStats):
-        raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
-    logp = wide(segments.flat(check, "stats", stats.logp)).detach()
-    mask = segments.mask_without_first(logp.numel()) if stats.shifted else segments.mask
-    ones = torch.ones(segments.num_sequences, dtype=logp.dtype, device=logp.device)
-    live = segment_spread(ones, mask, segments.offsets, segments.order, logp.numel()) > 0
-    lengths = segment_sum(live.to(logp.dtype), mask, segments.offsets, segments.order).double()
+    check_stats(check, stats)
+    # In fp32 the segment ops stay on a GPU's own kernels, which float64 has not.
+    logp = widened(segments.flat(check, "stats", stats.logp)).detach()
+    check_seen(check, segments, stats)
+    segments = segments.seen_by(stats)
+    valid = segments.valid(logp.numel())
 
     def tokens(name: str, value: Tensor) -> Tensor:
-        return torch.where(live, like_logp(check, name, value, segments, logp), 0.0)
+        return torch.where(valid, like_logp(check, name, value, segments, logp), 0.0)
 
     theta, mu = tokens("stats", stats.logp), tokens("behavior_logp", behavior_logp)
     proximal = None if proximal_logp is None else tokens("proximal_logp", proximal_logp)
@@ -116,9 +121,7 @@ def token_batch(
     if per_sequence:
         check.plain("advantages", advantages)
         check.same_device("advantages", advantages, "stats", logp)
-        spread = segment_spread(
-            advantages.detach().to(logp.dtype), mask, segments.offsets, segments.order, logp.numel()
-        )
+        spread = segments.expand(advantages.detach().to(logp.dtype), logp.numel())
     else:
         _check_token_advantages(check, advantages, segments, stats.logp)
         spread = tokens("advantages", advantages)
@@ -135,10 +138,9 @@ def token_batch(
         log_weight=theta - mu,
         log_ratio=theta - (mu if proximal is None else proximal),
         log_correction=None if proximal is None else proximal - mu,
-        live=live,
-        lengths=lengths,
+        valid=valid,
+        lengths=segments.reduce(valid.to(logp.dtype)).double(),
         sequence_advantages=per_sequence,
-        mask=mask,
         segments=segments,
     )
 
@@ -158,4 +160,13 @@ def _check_token_advantages(check: Check, advantages: object, segments: Segments
         raise check.value_error(
             f"advantages must be [{segments.num_sequences}] (one per sequence) or have the shape of stats.logp, "
             f"{tuple(logp.shape)}, got {checks.describe(advantages)}. Flatten one per sequence: advantages.reshape(-1)."
+        )
+
+
+def require_sequence_advantages(check: Check, tokens: TokenBatch, instead: str = "") -> None:
+    """Raise for advantages by token where the method knows only one per sequence."""
+    if not tokens.sequence_advantages:
+        raise check.value_error(
+            f"advantages must be [{tokens.segments.num_sequences}], one per sequence: the method weighs whole "
+            f"sequences. {instead}"
         )

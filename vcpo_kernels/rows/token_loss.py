@@ -47,7 +47,7 @@ def _scalar(logp: Tensor, *rest: Any) -> Tensor:
 # logp and -entropy_coefficients to entropy.
 token_loss = define_op(
     "token_loss(Tensor logp, Tensor entropy, Tensor coefficients, Tensor? entropy_coefficients, Tensor value) -> Tensor",
-    _token_loss, _scalar, _save_coefficients, _token_loss_backward, bypass=True,
+    _token_loss, _scalar, _save_coefficients, _token_loss_backward, twice=True, bypass=True,
 )  # fmt: skip
 
 
@@ -75,5 +75,5 @@ def _policy_loss_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 # to each valid token of sequence i.
 policy_loss = define_op(
     "policy_loss(Tensor logp, Tensor coefficients, Tensor lengths, Tensor? mask, Tensor offsets, Tensor? order) -> Tensor",
-    _policy_loss, _scalar, _save_segments, _policy_loss_backward, bypass=True,
+    _policy_loss, _scalar, _save_segments, _policy_loss_backward, twice=True, bypass=True,
 )  # fmt: skip

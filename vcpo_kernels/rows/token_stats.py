@@ -16,12 +16,13 @@ from torch import Tensor
 from vcpo_kernels.core import checks, registry
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.library import define_op, nothing_returned
+from vcpo_kernels.core.trees import TensorTree
 from vcpo_kernels.rows import views
 from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
 
 
 @dataclass(frozen=True)
-class TokenStats:
+class TokenStats(TensorTree):
     """Statistics of each token, in the shape of `token_ids`, fp32 (float64 for float64 logits); 0 where masked out.
 
     logp: log pi(y_t), x_y - lse. Differentiable.
@@ -29,13 +30,23 @@ class TokenStats:
     score_sqnorm: (1 - p_y)^2 + sum_{v != y} p_v^2, the squared norm of d logp / d x. No gradient.
     lse: log sum_v exp x_v, with x = softcap(logits) / temperature. No gradient.
     shifted: the statistics came from `shift=True`, so entry 0 of each sequence has no prediction and counts nowhere.
+    mask: the mask they were taken with (None: all), outside of which they say nothing.
     """
+
+    STATIC = ("shifted",)
 
     logp: Tensor
     entropy: Tensor
     score_sqnorm: Tensor
     lse: Tensor
     shifted: bool = False
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.shifted and not torch.compiler.is_compiling():  # so that `segments.sum(stats.logp)` knows it too
+            for name in RowStatistics._fields:
+                if isinstance(value := getattr(self, name), Tensor):
+                    value._vcpo_shifted = True  # type: ignore[attr-defined]
 
     @property
     def sum_p_squared(self) -> Tensor:
@@ -46,16 +57,22 @@ class TokenStats:
         return self.score_sqnorm - 1 + 2 * self.logp.detach().exp()
 
     @classmethod
-    def of(cls, statistics: RowStatistics, shifted: bool) -> TokenStats:
+    def of(cls, statistics: RowStatistics, shifted: bool, mask: Tensor | None) -> TokenStats:
         """Those that carry a gradient keep it."""
         logp, entropy, score_sqnorm, lse = statistics
-        return cls(logp, entropy, score_sqnorm.detach(), lse.detach(), shifted)
+        return cls(logp, entropy, score_sqnorm.detach(), lse.detach(), shifted, mask)
 
     @classmethod
     def stacked(cls, parts: Sequence[TokenStats]) -> TokenStats:
         """The statistics of slices along a new first dimension."""
         fields = {name: torch.stack([getattr(p, name) for p in parts]) for name in RowStatistics._fields}
-        return cls(**fields, shifted=parts[0].shifted)
+        masks = [p.mask for p in parts if p.mask is not None]
+        return cls(**fields, shifted=parts[0].shifted, mask=torch.stack(masks) if masks else None)
+
+
+def is_shifted(values: Tensor) -> bool:
+    """Whether these are statistics of a shifted pass, as `TokenStats` marks them; not known of what is computed from them."""
+    return getattr(values, "_vcpo_shifted", False)
 
 
 def check_stats(check: Check, stats: object) -> None:
@@ -113,7 +130,7 @@ def token_stats(
     check = Check("token_stats")
     token_ids, mask, temperature, softcap = checked(check, logits, token_ids, mask, temperature, softcap, shift)
     if inplace_backward:
-        check.not_a_leaf("inplace_backward", logits)
+        check.overwritable("inplace_backward", logits)
     if not views.viewable(logits, shift):  # more than two batch dimensions that no stride can merge: one call per slice
         masks = mask if mask is not None else [None] * len(logits)
         return TokenStats.stacked(
@@ -124,7 +141,7 @@ def token_stats(
         )
     inplace = inplace_backward and not torch.compiler.is_compiling()
     outputs = _op(logits, token_ids, mask, temperature, softcap, shift, inplace)
-    return TokenStats.of(RowStatistics(*outputs), shift)
+    return TokenStats.of(RowStatistics(*outputs), shift, mask)
 
 
 def checked(

@@ -15,10 +15,14 @@ from torch import Tensor
 from vcpo_kernels.core import checks, registry
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import needs_grad, wide
-from vcpo_kernels.core.library import define_op
+from vcpo_kernels.core.library import define_op, first_derivative_only
 from vcpo_kernels.rows import known_gradient, views
 from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
 from vcpo_kernels.rows.token_stats import SETTINGS, TokenStats, checked
+
+LARGEST_ENTRY = (
+    2.0**10
+)  # of an fp16 gradient before its factor is known: far from 65504, and p_v down to 1e-7 keep digits
 
 
 def weighted_logp(
@@ -48,7 +52,8 @@ def weighted_logp(
 
     Returns:
         loss, 0-d fp32 (float64 for float64 logits), differentiable to logits and coefficients, and TokenStats, which
-        carry no gradient here. An upstream gradient of 1 (`loss.backward()`) costs nothing more, any other one pass.
+        carry no gradient here. An upstream gradient of 1 (`loss.backward()`) costs nothing more, any other one pass; so does
+        fp16, whose gradient is kept in range until the factor (a loss scale) is known.
 
     Raises:
         TypeError, ValueError: as `token_stats`.
@@ -66,7 +71,7 @@ def weighted_logp(
     token_ids, mask, temperature, softcap = checked(check, logits, token_ids, mask, temperature, softcap, shift)
     coefficients = checked_coefficients(check, coefficients, token_ids, logits)
     if inplace:
-        check.not_a_leaf("inplace", logits)
+        check.overwritable("inplace", logits)
     if not views.viewable(logits, shift):  # more than two batch dimensions that no stride can merge: one call per slice
         masks = mask if mask is not None else [None] * len(logits)
         parts = [
@@ -81,12 +86,12 @@ def weighted_logp(
         loss, *stats = _InPlace.apply(logits, *settings)
     else:
         loss, *stats, _ = _op(logits, *settings, needs_logits)
-    return loss, without_gradient(stats, shift)
+    return loss, without_gradient(stats, shift, mask)
 
 
-def without_gradient(statistics: Sequence[Tensor], shift: bool) -> TokenStats:
+def without_gradient(statistics: Sequence[Tensor], shift: bool, mask: Tensor | None) -> TokenStats:
     """The statistics beside a loss whose gradient has been taken already."""
-    return TokenStats.of(RowStatistics(*statistics).map(Tensor.detach), shift)
+    return TokenStats.of(RowStatistics(*statistics).map(Tensor.detach), shift, mask)
 
 
 def checked_coefficients(check: Check, coefficients: Any, token_ids: Tensor, beside: Tensor) -> Tensor:
@@ -115,18 +120,29 @@ def _into(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """loss and statistics; the gradient into `out`, which may be `logits`."""
     rows = views.rows_of(logits, shift)
-    ids, mask, c = views.beside(token_ids, rows), views.beside(mask, rows), views.beside(coefficients, rows)
-    views.check_ids("weighted_logp", ids, mask, logits.shape[-1], shift)
+    ids, c = views.beside(token_ids, rows), views.beside(coefficients, rows)
+    valid = views.beside(mask, rows)
+    views.check_ids("weighted_logp", ids, valid, logits.shape[-1], shift)
     settings = {"temperature": temperature, "softcap": softcap, "shift": shift}
     if out is None:
         backend = registry.select("token_stats", logits.device, logits.dtype, logits.shape[-1])
-        stats = RowStatistics(*backend.forward(rows, ids, mask, **settings))
+        stats = RowStatistics(*backend.forward(rows, ids, valid, **settings))
     else:
         out_rows = rows if out is logits else out.view(rows.shape)
+        times = _range_factor(logits, mask, coefficients, temperature)
+        scored = c if times is None else c * times
         backend = registry.select("score_rows", logits.device, logits.dtype, logits.shape[-1])
-        stats = RowStatistics(*backend.forward(out_rows, rows, ids, mask, c, **settings))
-    loss = weighted_sum(stats.logp, c, views.valid_tokens(ids, mask, shift))
+        stats = RowStatistics(*backend.forward(out_rows, rows, ids, valid, scored, **settings))
+    loss = weighted_sum(stats.logp, c, views.valid_tokens(ids, valid, shift))
     return (loss, *(s.view(token_ids.shape) for s in stats))
+
+
+def _range_factor(logits: Tensor, mask: Tensor | None, coefficients: Tensor, temperature: float) -> Tensor | None:
+    """What the gradient is taken times: an entry of a row is at most its |c| / temperature."""
+    if logits.dtype != torch.float16 or coefficients.numel() == 0:
+        return None
+    largest = known_gradient.magnitudes(coefficients, mask).amax() / temperature
+    return known_gradient.range_factor(logits.dtype, largest, LARGEST_ENTRY)
 
 
 def _weighted_logp(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -154,10 +170,10 @@ def _fake(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs_logits = inputs[-1]
+    logits, _, mask, coefficients, temperature, *_, ctx.needs_logits = inputs
     _, logp, *_, gradient = output
     ctx.save_for_backward(logp)
-    known_gradient.save(ctx, gradient)
+    known_gradient.save(ctx, _range_factor(logits, mask, coefficients, temperature), gradient)
     ctx.set_materialize_grads(False)
 
 
@@ -170,6 +186,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ..
     return (gradient if ctx.needs_logits else None, None, None, grad_coefficients, None, None, None, None)
 
 
+_remember, _once = first_derivative_only("weighted_logp", _setup_context, _backward)
+
+
 class _InPlace(torch.autograd.Function):
     """weighted_logp_ with its gradient, which is the logits' own memory: torch.library has no autograd for such ops."""
 
@@ -177,13 +196,13 @@ class _InPlace(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         written = logits.detach()  # shares storage and version counter
         loss, *stats = _op_(written, *arguments)
-        _setup_context(ctx, (True,), (loss, *stats, written))
+        _remember(ctx, (logits, *arguments, True), (loss, *stats, written))
         ctx.mark_non_differentiable(*stats)
         return (loss, *stats)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        return _backward(ctx, grad_loss)[:-1]  # without needs_logits, which only the other op is told
+        return _once(ctx, grad_loss)[:-1]  # without needs_logits, which only the other op is told
 
 
 _ARGUMENTS = f"Tensor token_ids, Tensor? mask, Tensor coefficients, {SETTINGS}"

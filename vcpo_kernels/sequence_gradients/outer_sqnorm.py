@@ -3,8 +3,8 @@
 Layer: tokens [N, P] x [N, Q] -> sequences [B]. It is the squared norm of a Linear layer's weight gradient, sequence by
 sequence, from the layer's output gradients and inputs. Two exact forms of one number:
 
-- "gram": sum_{t,s} (left_t . left_s) (right_t . right_s). T^2 (P + Q) multiplications, half of them by symmetry.
-- "tile": left^T right [P, Q] in tiles that are squared and dropped. T P Q multiplications.
+- "ghost": sum_{t,s} (left_t . left_s) (right_t . right_s). T^2 (P + Q) multiplications, half of them by symmetry.
+- "instantiated": left^T right [P, Q] in tiles that are squared and dropped. T P Q multiplications.
 
 Neither stores a [P, Q].
 """
@@ -21,25 +21,25 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import wide
 from vcpo_kernels.core.library import define_op
 
-FORMS = ("gram", "tile", "auto")
+FORMS = ("ghost", "instantiated", "auto")
 
 
 @dataclass(frozen=True)
 class FormCosts:
-    """What decides between the forms: T^2 (P + Q) gram_share + T^2 pair_cost against T P Q + P Q tile_cost.
+    """What decides between the forms: T^2 (P + Q) ghost_share + T^2 pair_cost against T P Q + P Q entry_cost.
 
-    gram_share: of the T^2 pairs, those that are formed. pair_cost, tile_cost: of squaring and adding one entry, in
+    ghost_share: of the T^2 pairs, those that are formed. pair_cost, entry_cost: of squaring and adding one entry, in
     multiplications of the GEMM.
     """
 
-    gram_share: float
+    ghost_share: float
     pair_cost: float
-    tile_cost: float
+    entry_cost: float
 
     def form(self, length: float, p: int, q: int) -> str:
         """The cheaper form for a sequence of `length` rows."""
-        gram = length**2 * ((p + q) * self.gram_share + self.pair_cost)
-        return "gram" if gram < p * q * (length + self.tile_cost) else "tile"
+        ghost = length**2 * ((p + q) * self.ghost_share + self.pair_cost)
+        return "ghost" if ghost < p * q * (length + self.entry_cost) else "instantiated"
 
 
 def outer_sqnorm(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, form: str = "auto") -> Tensor:
@@ -49,7 +49,7 @@ def outer_sqnorm(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, 
         left: [N, P], right: [N, Q], one floating dtype.
         offsets: int64 [B + 1], ascending.
         max_length: the longest sequence's rows (an upper bound will do).
-        form: "gram", "tile", or "auto" for the cheaper one.
+        form: "ghost", "instantiated", or "auto" for the cheaper one.
 
     Returns:
         [B], fp32 (float64 for float64 in). Products of bf16 and fp16 are accumulated in fp32. Not differentiable.

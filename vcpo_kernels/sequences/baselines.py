@@ -47,9 +47,12 @@ WEIGHTINGS: dict[str, Callable[[SequenceTerms], Tensor]] = {
 
 
 def check_groups(
-    check: Check, groups: int | Tensor, num_sequences: int, num_groups: int | None
+    check: Check, groups: int | Tensor, num_sequences: int, num_groups: int | None, of_one: bool = False
 ) -> tuple[Tensor | None, int, int]:
-    """`groups`, checked, as (int64 ids [B], 0, number of groups) or (None, consecutive sequences per group, number)."""
+    """`groups`, checked, as (int64 ids [B], 0, number of groups) or (None, consecutive sequences per group, number).
+
+    of_one: an int may say 1, as a baseline's caller may ask for; advantages would all be 0.
+    """
     if isinstance(groups, Tensor):
         fix = "Number prompts from 0: torch.unique(prompt_ids, return_inverse=True)[1]."
         check.tensor("groups", groups, checks.ID_DTYPES, fix)
@@ -69,6 +72,12 @@ def check_groups(
     if num_groups is not None:
         raise check.value_error(
             f"num_groups={num_groups} goes with group ids; an int groups={groups} fixes it already."
+        )
+    if groups == 1 and not of_one:
+        raise check.value_error(
+            "groups=1 makes every sequence its own group, whose baseline is its own reward: all advantages, and the "
+            "gradient, would be 0. With one sample per prompt take one group of the whole batch (groups=len(rewards)), or "
+            "advantages of your own (objectives.reinforce, objectives.sequence_truncated_is)."
         )
     if groups < 1 or num_sequences % groups:
         raise check.value_error(
@@ -139,6 +148,7 @@ def off_policy_baseline(
     """
     check = Check("off_policy_baseline")
     check.tensor("rewards", rewards, (torch.float32, torch.float64), "Convert it: rewards.float().")
+    check.float64("rewards", rewards)
     if rewards.dim() != 1:
         raise check.value_error(
             f"rewards must be [B], got {checks.describe(rewards)}. Flatten it: rewards.reshape(-1)."
@@ -149,7 +159,7 @@ def off_policy_baseline(
         check.same_device(name, value, "rewards", rewards)
     check_rewards(check, rewards, torch.ones_like(rewards, dtype=torch.bool))
     check_norms(check, "score_sqnorm", score_sqnorm, usable(log_weights))
-    ids, size, count = check_groups(check, groups, rewards.shape[0], num_groups)
+    ids, size, count = check_groups(check, groups, rewards.shape[0], num_groups, of_one=True)
     if ids is None:
         ids = torch.arange(rewards.shape[0], device=rewards.device) // size
     else:
@@ -169,11 +179,11 @@ def check_rewards(check: Check, rewards: Tensor, valid: Tensor) -> None:
         )
 
 
-def check_norms(check: Check, name: str, norms: Tensor, taking_part: Tensor) -> None:
+def check_norms(check: Check, name: str, norms: Tensor, in_loss: Tensor) -> None:
     """On the CPU, a squared norm that is negative or not finite is an error, unless its sequence is out of the loss anyway."""
     if not checks.readable(norms):
         return
-    bad = taking_part & ~((norms >= 0) & (norms < math.inf))
+    bad = in_loss & ~((norms >= 0) & (norms < math.inf))
     if bool(bad.any()):
         at = int(bad.nonzero()[0])
         raise check.value_error(

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.trees import TensorTree
 from vcpo_kernels.sequences.log_weights import usable
 
 
 @dataclass(frozen=True)
-class EffectiveSampleSize:
+class EffectiveSampleSize(TensorTree):
     """ess in [0, B], ratio = ess / B in [0, 1], both 0-d; moments: see `ess_moments`."""
 
     ess: Tensor
@@ -73,6 +74,7 @@ def effective_sample_size(log_weights: Tensor, valid: Tensor | None = None) -> E
     """
     check = Check("effective_sample_size")
     check.tensor("log_weights", log_weights, (torch.float32, torch.float64), "Convert it: log_weights.float().")
+    check.float64("log_weights", log_weights)
     if log_weights.dim() != 1:
         raise check.value_error(f"log_weights must be [B], got {checks.describe(log_weights)}.")
     if valid is not None:

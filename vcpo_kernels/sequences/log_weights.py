@@ -13,7 +13,7 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import wide
 from vcpo_kernels.rows.token_stats import TokenStats
-from vcpo_kernels.sequences.segments import Segments, check_segments
+from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
 
 # Without truncation, a weight above e^80 = 5e34 would overflow fp32 on its way to the gradient: its sequence is dropped and
 # counted like one whose L_i is +inf.
@@ -49,7 +49,10 @@ def sequence_log_weights(logp: Tensor | TokenStats, behavior_logp: Tensor, segme
     mu = segments.flat(check, "behavior_logp", behavior_logp).detach()
     check.shape("behavior_logp", mu, flat.shape, "as many tokens as logp")
     if isinstance(logp, TokenStats):
+        check_seen(check, segments, logp)
         segments = segments.seen_by(logp)
+    else:
+        segments = segments.predicted_by(logp)
     dtype = wide(flat.dtype)
     return segments.reduce(flat.to(dtype) - mu.to(dtype))
 

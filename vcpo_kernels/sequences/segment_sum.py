@@ -54,10 +54,10 @@ def _spread_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 # added, so that NaN and inf there do no harm.
 segment_sum = define_op(
     "segment_sum(Tensor values, Tensor? mask, Tensor offsets, Tensor? order) -> Tensor",
-    _sum, _fake_sum, _save_segments, _sum_backward,
+    _sum, _fake_sum, _save_segments, _sum_backward, twice=True,
 )  # fmt: skip
 # per_sequence [B] written to each valid token of its sequence -> [num_tokens]; 0 elsewhere.
 segment_spread = define_op(
     "segment_spread(Tensor per_sequence, Tensor? mask, Tensor offsets, Tensor? order, SymInt num_tokens) -> Tensor",
-    _spread, _fake_spread, _save_segments, _spread_backward,
+    _spread, _fake_spread, _save_segments, _spread_backward, twice=True,
 )  # fmt: skip

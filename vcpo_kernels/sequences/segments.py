@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.core.trees import TensorTree
+from vcpo_kernels.rows.token_stats import TokenStats, is_shifted
 from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
 
 
@@ -36,8 +37,19 @@ def check_segments(check: Check, segments: object) -> None:
         )
 
 
+def check_seen(check: Check, segments: Segments, stats: TokenStats) -> Tensor | None:
+    """How many tokens the segments count of which the statistics say nothing: an error on the CPU, elsewhere for a metric."""
+    unseen = segments.unseen_tokens(stats)
+    if unseen is not None and checks.readable(unseen) and int(unseen):
+        raise check.value_error(
+            f"segments count {int(unseen)} tokens that were masked when stats were taken, where logp is 0 and means nothing. "
+            "Give Segments the same mask or a narrower one: Segments.padded(mask), Segments.packed(cu_seqlens, mask=mask)."
+        )
+    return unseen
+
+
 @dataclass(frozen=True)
-class Segments:
+class Segments(TensorTree):
     """Sequences over a batch of tokens. Make one with `padded`, `packed` or `indexed`.
 
     mask: flat bool [N], true where a token counts; None: all do.
@@ -46,6 +58,8 @@ class Segments:
     shape: the shape token tensors must have; None (packed): any shape with as many elements.
     max_length: the longest that a sequence can be, where the layout tells (padded: T), else None.
     """
+
+    STATIC = ("shape", "max_length")
 
     mask: Tensor | None
     offsets: Tensor
@@ -78,8 +92,37 @@ class Segments:
         return without_first(self.mask, rows, num_tokens)
 
     def seen_by(self, stats: TokenStats) -> Segments:
-        """These segments less the tokens that `stats` has no prediction for: `mask_without_first`, where it was shifted."""
-        return replace(self, mask=self.mask_without_first(stats.logp.numel())) if stats.shifted else self
+        """These segments less the tokens that `stats` says nothing of: its sums, means and lengths are of those that are left.
+
+        Left out are what was masked when the statistics were taken and, where they were shifted, each sequence's first token.
+
+        >>> import torch, vcpo_kernels as vk
+        >>> stats = vk.token_stats(torch.zeros(5, 3)[None], torch.zeros(1, 5, dtype=torch.long), shift=True)
+        >>> vk.Segments.packed(torch.tensor([0, 2, 5])).seen_by(stats).lengths
+        tensor([1., 2.])
+        """
+        seen = self.less_masked(stats)
+        return replace(seen, mask=seen.mask_without_first(stats.logp.numel())) if stats.shifted else seen
+
+    def less_masked(self, stats: TokenStats) -> Segments:
+        """These segments less the tokens that were masked when the statistics were taken."""
+        if stats.mask is None or self._has_mask_of(stats):
+            return self
+        masked = stats.mask.reshape(-1)
+        return replace(self, mask=masked if self.mask is None else self.mask & masked)
+
+    def unseen_tokens(self, stats: TokenStats) -> Tensor | None:
+        """How many tokens count here that were masked when the statistics were taken, 0-d; None where none can be."""
+        if stats.mask is None or self._has_mask_of(stats):
+            return None
+        return (self.valid(stats.logp.numel()) & ~stats.mask.reshape(-1)).sum()
+
+    def _has_mask_of(self, stats: TokenStats) -> bool:
+        """Whether both were given one mask, as they mostly are: nothing has to be compared then."""
+        if self.mask is None or stats.mask is None or torch.compiler.is_compiling():
+            return False
+        same = (self.mask.data_ptr(), self.mask.numel()) == (stats.mask.data_ptr(), stats.mask.numel())
+        return same and self.mask.is_contiguous() and stats.mask.is_contiguous()
 
     @staticmethod
     def padded(mask: Tensor) -> Segments:
@@ -198,12 +241,14 @@ class Segments:
     def sum(self, values: Tensor) -> Tensor:
         """Sum of each sequence's valid tokens: [B] from a token tensor. Accumulated in float64; differentiable.
 
-        Masked-out tokens contribute exactly nothing, whatever they hold (NaN and inf included).
+        Masked-out tokens contribute exactly nothing, whatever they hold (NaN and inf included). Of a shifted pass's own
+        statistics (`stats.logp`), each sequence's first token, which has none, is left out too; of anything computed from
+        them it is not, unless the sum is `segments.seen_by(stats)`'s.
         """
         check = Check("Segments.sum")
-        check.tensor("values", values, checks.FLOAT_DTYPES, "Convert it: values.float().")
+        check.tensor("values", values, checks.FLOAT_DTYPES, "Convert it: values.float(). Of a TokenStats pass a field.")
         flat = self.flat(check, "values", values)
-        return self.reduce(flat)
+        return self.predicted_by(values).reduce(flat)
 
     def spread(self, per_sequence: Tensor, like: Tensor | None = None) -> Tensor:
         """The adjoint of `sum`: [B] written to each sequence's valid tokens, 0 elsewhere. Differentiable.
@@ -231,7 +276,11 @@ class Segments:
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over each sequence's valid tokens, [B]; 0 for a sequence without any. Differentiable."""
-        return self.sum(values) / self.lengths.clamp(min=1)
+        return self.sum(values) / self.predicted_by(values).lengths.clamp(min=1)
+
+    def predicted_by(self, values: Tensor) -> Segments:
+        """Less each sequence's first token, where these values come from a shifted pass, which has no prediction for it."""
+        return replace(self, mask=self.mask_without_first(values.numel())) if is_shifted(values) else self
 
     def reduce(self, values: Tensor) -> Tensor:
         """`sum` of flat values [N] that are known to belong here: [B]."""
@@ -243,7 +292,9 @@ class Segments:
 
     def valid(self, num_tokens: int) -> Tensor:
         """Which of the flat tokens count: bool [num_tokens]."""
-        return self.expand(torch.ones(self.num_sequences, device=self.offsets.device), num_tokens) > 0
+        return (
+            self.expand(torch.ones(self.num_sequences, dtype=torch.float32, device=self.offsets.device), num_tokens) > 0
+        )
 
     @property
     def tensors(self) -> tuple[Tensor | None, Tensor, Tensor | None]:

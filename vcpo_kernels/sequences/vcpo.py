@@ -12,12 +12,14 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.trees import TensorTree
 from vcpo_kernels.rows.token_loss import policy_loss
 from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 from vcpo_kernels.sequences import baselines
 from vcpo_kernels.sequences.aggregation import AGGREGATIONS, longest_possible
+from vcpo_kernels.sequences.behavior import warn_of_behavior
 from vcpo_kernels.sequences.log_weights import usable
-from vcpo_kernels.sequences.segments import Segments, check_segments
+from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
 from vcpo_kernels.sequences.vcpo_coefficients import METRICS, vcpo_coefficients
 
 
@@ -71,7 +73,7 @@ class VCPOConfig:
 
 
 @dataclass(frozen=True)
-class VCPOOutput:
+class VCPOOutput(TensorTree):
     """Result of `vcpo_loss`. Everything but `loss` is detached and stays on the device.
 
     loss: 0-d, differentiable. log_weights: [B], L_i. ess, ess_ratio: 0-d. baselines: [num_groups], b_g. advantages: [B], A_i.
@@ -160,6 +162,8 @@ def vcpo_loss(
     max_tokens = longest_possible(
         check, config.aggregation, config.max_tokens, segments, "config.max_tokens", "Set VCPOConfig(max_tokens=...)"
     )
+    unseen = check_seen(check, segments, stats)
+    segments = segments.less_masked(stats)
     if stats.shifted and segments.max_length is None:
         # A packed sequence's first token was predicted from its neighbour: in no count, and without a gradient. (In padded
         # rows that is entry 0, which the op skips and token_stats gives no gradient.)
@@ -176,8 +180,12 @@ def vcpo_loss(
         if score_norms is not None:
             taking_part = (results.lengths > 0) & usable(results.log_weights)
             baselines.check_norms(check, "config.score_norm", score_norms, taking_part)
+        seen = segments.seen_by(stats).valid(logp.numel())
+        warn_of_behavior(check.where, logp, mu, seen)
     loss = policy_loss(logp, results.coefficients, results.lengths, *segments.tensors)
     metrics = dict(zip(METRICS, results.metrics.unbind(), strict=True))
+    if unseen is not None:
+        metrics["unseen_tokens"] = unseen.to(logp.dtype)
     return VCPOOutput(
         loss=loss,
         log_weights=results.log_weights,

@@ -27,6 +27,9 @@ METRICS = (
     "reward_mean",
     "advantage_sq_mean",
     "equal_reward_fraction",  # of the groups with sequences, those whose rewards are all equal: they teach nothing
+    "single_sequence_groups",  # whose baseline is their own reward: they teach nothing either
+    "log_ratio_abs_mean",  # of log pi - log mu over valid tokens, as the next: what `sequences/behavior.py` reads
+    "log_ratio_negative_fraction",
 )
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core import registry
+from vcpo_kernels.rows.statistics import RowStatistics
 
-NAMES = ("logp", "entropy", "score_sqnorm", "lse")
+NAMES = RowStatistics._fields
 PASSES = tuple(itertools.product((1.0, 0.7), (None, 30.0), (False, True)))
 BOUND = registry.BACKENDS["triton"].relative_error
 

@@ -26,8 +26,10 @@ def merge_kernel(out_ptr, state_ptr, z_target, scale, temperature, PIECES: tl.co
     piece = tl.arange(0, PIECES)
     fields = tl.load(state_ptr + piece), tl.load(state_ptr + PIECES + piece)
     sums = tl.load(state_ptr + 2 * PIECES + piece), tl.load(state_ptr + 3 * PIECES + piece)
-    peak, sum_exp, centred, square = row_state.collapse(fields[0], fields[1], sums[0], sums[1], scale)
-    logp, entropy, score, lse = row_state.statistics(peak, sum_exp, centred, square, z_target, scale, temperature)
+    reference, sum_exp, centred, square = row_state.merged(fields[0], fields[1], sums[0], sums[1], scale)
+    logp, entropy, score, lse = row_state.statistics_of(
+        reference, sum_exp, centred, square, z_target, scale, temperature
+    )
     tl.store(out_ptr, logp)
     tl.store(out_ptr + 1, entropy)
     tl.store(out_ptr + 2, score)

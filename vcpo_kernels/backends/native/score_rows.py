@@ -1,12 +1,23 @@
-"""score_rows through the compiled extension: csrc/cpu/score_rows.cpp. Passes addresses; the checks came before."""
+"""score_rows through the compiled extension: the kernels of csrc/cpu, or those of csrc/cuda for rows on a GPU.
+
+Passes addresses; the checks came before. Serves two backends of the registry, "native" and "cuda".
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vcpo_kernels import _native
-from vcpo_kernels.backends.native.token_stats import address, empty_statistics, output_argument, rows_argument
+from vcpo_kernels.backends.native.arguments import (
+    address,
+    output_argument,
+    place_of,
+    rows_argument,
+    scaling_argument,
+    statistics_argument,
+    tokens_argument,
+)
+from vcpo_kernels.rows.statistics import RowStatistics
 
 
 def forward(
@@ -19,20 +30,17 @@ def forward(
     temperature: float,
     softcap: float | None,
     shift: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, score_sqnorm, lse, each [O, I] fp32; writes every row of `out`."""
-    logp, entropy, score_sqnorm, lse = empty_statistics(rows)
-    _native.score_rows(
-        output_argument(out),
-        rows_argument(rows),
-        _native.Tokens(token_ids.data_ptr(), address(mask), shift),
-        temperature,
-        softcap or 0.0,
-        address(coefficients),
-        logp.data_ptr(),
-        entropy.data_ptr(),
-        score_sqnorm.data_ptr(),
-        lse.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return logp, entropy, score_sqnorm, lse
+) -> RowStatistics:
+    """Each [O, I] fp32; out = c d logp / d rows, and 0 where masked out or c = 0."""
+    statistics = RowStatistics.empty(rows.shape[:2], rows)
+    with place_of(rows) as place:
+        _native.score_rows(
+            output_argument(out),
+            rows_argument(rows),
+            tokens_argument(token_ids, mask, shift),
+            scaling_argument(temperature, softcap),
+            address(coefficients),
+            statistics_argument(statistics),
+            place,
+        )
+    return statistics

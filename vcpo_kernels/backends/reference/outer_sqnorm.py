@@ -15,7 +15,7 @@ from vcpo_kernels.sequence_gradients.outer_sqnorm import FormCosts
 
 # Measured on two Zen 4 cores, fp32, 16 sequences of 256 rows: pairs of [512] and [512] take 9.7 ms in four strips of rows (12.1
 # in one, and 5/8 of the multiplications), tiles 13.0. A multiplication among pairs costs 1.2 of one in a tile.
-COSTS = FormCosts(gram_share=0.75, pair_cost=16.0, tile_cost=8.0)
+COSTS = FormCosts(ghost_share=0.75, pair_cost=16.0, entry_cost=8.0)
 STRIPS = 4
 PAIRS_AT_ONCE = 1 << 24  # entries of [sequences, T, T]: 64 MiB
 TILE_ENTRIES = 1 << 20  # of fp32, what a last-level cache holds beside its operands
@@ -35,7 +35,7 @@ def forward(
         rows = slice(begin, begin + count * length)
         b, *of_lefts = (x[rows].to(dtype).view(count, length, x.shape[1]) for x in (right, *lefts))
         chosen = COSTS.form(length, sum(a.shape[2] for a in of_lefts), b.shape[2]) if form == "auto" else form
-        norms.append(_gram(of_lefts, b) if chosen == "gram" else torch.stack([_tile(a, b) for a in of_lefts]))
+        norms.append(_ghost(of_lefts, b) if chosen == "ghost" else torch.stack([_instantiated(a, b) for a in of_lefts]))
     return torch.cat(norms, 1).to(dtype)
 
 
@@ -50,7 +50,7 @@ def _runs(offsets: Tensor) -> Iterator[tuple[int, int, int]]:
             begin, left = begin + count * length, left - count
 
 
-def _gram(lefts: list[Tensor], b: Tensor) -> Tensor:
+def _ghost(lefts: list[Tensor], b: Tensor) -> Tensor:
     """Strips of rows against themselves and all rows before them, which count twice. K of [S, T, P_k], [S, T, Q] -> [K, S]."""
     total = b.new_zeros((len(lefts), len(b)), dtype=torch.float64)
     step = max(1, -(-b.shape[1] // STRIPS))
@@ -63,7 +63,7 @@ def _gram(lefts: list[Tensor], b: Tensor) -> Tensor:
     return total
 
 
-def _tile(a: Tensor, b: Tensor) -> Tensor:
+def _instantiated(a: Tensor, b: Tensor) -> Tensor:
     """Rows of a^T b, sequence by sequence. [S, T, P], [S, T, Q] -> [S]."""
     step = max(1, TILE_ENTRIES // max(b.shape[2], 1))
     totals = []

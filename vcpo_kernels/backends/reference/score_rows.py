@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.backends.reference import token_stats
+from vcpo_kernels.core.dtypes import wide
+from vcpo_kernels.rows.statistics import RowStatistics
 
 
 def forward(
@@ -21,14 +23,12 @@ def forward(
     temperature: float,
     softcap: float | None,
     shift: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, score_sqnorm, lse, each [O, I]; out = c d logp / d rows, and 0 where masked out or c = 0."""
+) -> RowStatistics:
+    """Each [O, I]; out = c d logp / d rows, and 0 where masked out or c = 0."""
     settings = {"temperature": temperature, "softcap": softcap, "shift": shift}
     exact = rows.double()
     stats = token_stats.forward(exact, token_ids, mask, **settings)  # type: ignore[arg-type]
-    logp, entropy, _, lse = stats
-    c = torch.ones_like(logp) if coefficients is None else coefficients
-    token_stats.backward(out, exact, token_ids, mask, logp, entropy, lse, c, None, **settings)  # type: ignore[arg-type]
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    logp, entropy, score_sqnorm, lse = (s.to(dtype) for s in stats)
-    return logp, entropy, score_sqnorm, lse
+    c = torch.ones_like(stats.logp) if coefficients is None else coefficients
+    saved = (stats.logp, stats.entropy, stats.lse)
+    token_stats.backward(out, exact, token_ids, mask, *saved, c, None, **settings)  # type: ignore[arg-type]
+    return stats.map(lambda value: value.to(wide(rows.dtype)))

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vcpo_kernels.core.dtypes import wide
+from vcpo_kernels.rows.statistics import RowStatistics
+
 
 def _scaled(rows: Tensor, temperature: float, softcap: float | None) -> Tensor:
     z = rows.double()
@@ -22,12 +25,12 @@ def _to_rows(value: Tensor, shift: bool) -> Tensor:
     return torch.roll(value, -1, dims=1) if shift else value
 
 
-def _live(mask: Tensor | None, shape: torch.Size, shift: bool, device: torch.device) -> Tensor:
+def _valid(mask: Tensor | None, shape: torch.Size, shift: bool, device: torch.device) -> Tensor:
     """Which logits rows predict a token that counts, [O, I]."""
-    live = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.clone()
+    valid = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.clone()
     if shift:
-        live[:, :1] = False
-    return _to_rows(live, shift)
+        valid[:, :1] = False
+    return _to_rows(valid, shift)
 
 
 def forward(
@@ -38,9 +41,9 @@ def forward(
     temperature: float,
     softcap: float | None,
     shift: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, score_sqnorm, lse, each [O, I]."""
-    live = _live(mask, rows.shape[:2], shift, rows.device)
+) -> RowStatistics:
+    """Each [O, I]."""
+    valid = _valid(mask, rows.shape[:2], shift, rows.device)
     x = _scaled(rows, temperature, softcap)
     ids = _to_rows(token_ids, shift)
     known = (ids >= 0) & (ids < rows.shape[-1])
@@ -67,10 +70,8 @@ def forward(
 
     nan = torch.full_like(logp, float("nan"))
     logp, score = torch.where(known, logp, nan), torch.where(known, score, nan)
-    outputs = (torch.where(live, value, 0.0) for value in (logp, entropy, score, lse))
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    logp, entropy, score, lse = ((torch.roll(o, 1, dims=1) if shift else o).to(dtype) for o in outputs)
-    return logp, entropy, score, lse
+    statistics = RowStatistics(logp, entropy, score, lse).map(lambda value: torch.where(valid, value, 0.0))
+    return statistics.map(lambda value: (torch.roll(value, 1, dims=1) if shift else value).to(wide(rows.dtype)))
 
 
 def backward(
@@ -95,9 +96,9 @@ def backward(
     outside [0, V) lies in another block, and the sampled token's logit, which may not be in sight, is given.
     """
     zero = torch.zeros_like(logp, dtype=torch.float64)
-    live = _live(mask, rows.shape[:2], shift, rows.device)
-    g = torch.where(live, _to_rows(zero if grad_logp is None else grad_logp, shift), 0.0).unsqueeze(-1)
-    h = torch.where(live, _to_rows(zero if grad_entropy is None else grad_entropy, shift), 0.0).unsqueeze(-1)
+    valid = _valid(mask, rows.shape[:2], shift, rows.device)
+    g = torch.where(valid, _to_rows(zero if grad_logp is None else grad_logp, shift), 0.0).unsqueeze(-1)
+    h = torch.where(valid, _to_rows(zero if grad_entropy is None else grad_entropy, shift), 0.0).unsqueeze(-1)
     x = _scaled(rows, temperature, softcap)
     ids = _to_rows(token_ids, shift)
     known = (ids >= 0) & (ids < rows.shape[-1])

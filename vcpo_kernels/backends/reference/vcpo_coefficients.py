@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,9 +53,9 @@ def forward(
         assert token_scores is not None
         score_norms = total(token_scores)
     norms = score_norms.double()
-    live = lengths > 0
+    nonempty = lengths > 0
     ok = (
-        usable(log_w, live)
+        usable(log_w, nonempty)
         & (log_w < usable_below(max_weight))
         & rewards.isfinite()
         & (norms >= 0)
@@ -64,7 +65,7 @@ def forward(
     clip = math.inf if max_weight is None else math.log(max_weight)
     clipped = big_l.clamp(max=clip)
 
-    b_count = live.sum().double() if num_sequences is None else norms.new_tensor(num_sequences)
+    b_count = nonempty.sum().double() if num_sequences is None else norms.new_tensor(num_sequences)
     t_count = lengths.sum() if num_tokens is None else norms.new_tensor(num_tokens)
     scale = aggregation_scale(aggregation, lengths, b_count, t_count, max_tokens)
 
@@ -83,24 +84,35 @@ def forward(
     coefficients = torch.where(advantages != 0, scale * clipped.exp() * advantages, 0.0)
 
     ess_log_w = log_w if ess_max_weight is None else log_w.clamp(max=math.log(ess_max_weight))
-    moments = ess_moments(torch.where(ok, ess_log_w.double(), math.nan), live)
+    moments = ess_moments(torch.where(ok, ess_log_w.double(), math.nan), nonempty)
     ess, ratio = ess_from_moments(moments)
     taking_part = ok.sum().clamp(min=1).double()
-    seen = torch.zeros(num_groups, dtype=torch.bool, device=logp.device).index_fill_(0, ids[ok], True)
+    members = baselines.grouped("sum", ok.double(), ids, num_groups, 0.0)
+    seen = members > 0
     metrics = torch.stack(
         [
             ess,
             ratio,
-            live.sum().double(),
+            nonempty.sum().double(),
             lengths.sum(),
-            (live & ~ok).sum().double(),
+            (nonempty & ~ok).sum().double(),
             (ok & (big_l > clip)).sum() / taking_part,
             torch.where(ok, big_l, 0.0).sum() / taking_part,
             torch.where(ok.any(), torch.where(ok, big_l, -math.inf).amax(), 0.0) if batch else ess,
             torch.where(ok, r, 0.0).sum() / taking_part,
             advantages.square().sum() / taking_part,
             (equal & seen).sum() / seen.sum().clamp(min=1).double(),
+            (members == 1).sum().double(),
+            *_log_ratio_metrics(logp - behavior_logp, total),
         ]
     )
     as_given = (t.to(dtype) for t in (baseline, advantages, coefficients, metrics))
     return SequenceResults(log_w, lengths.to(dtype), moments, *as_given)
+
+
+def _log_ratio_metrics(log_ratio: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean magnitude of the finite log-ratios [N], and the share of them that is < 0. total: over each sequence's tokens."""
+    finite = log_ratio.isfinite()
+    count = total(finite.double()).sum().clamp(min=1)
+    magnitude = total(torch.where(finite, log_ratio.abs(), 0.0).double()).sum()
+    return magnitude / count, total((finite & (log_ratio < 0)).double()).sum() / count

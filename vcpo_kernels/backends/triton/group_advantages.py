@@ -93,7 +93,7 @@ def _member_weights(
 @triton.jit(do_not_specialize=["batch", "group_size"])
 def group_kernel(
     baselines_ptr,  # [G]
-    group_flags_ptr,  # [G] uint8: 1 has members, 3 and their rewards are all equal
+    group_flags_ptr,  # [G] uint8: 1 has members, 3 and their rewards are all equal, 7 and there is one
     group_squares_ptr,  # [G] float64: sum of squared advantages
     advantages_ptr,  # [B], as are the next five
     coefficients_ptr,
@@ -182,5 +182,6 @@ def group_kernel(
         tl.store(advantages_ptr + index, advantage.to(dtype), mask=ok)
         tl.store(coefficients_ptr + index, coefficient.to(dtype), mask=ok)
     tl.store(baselines_ptr + group, baseline.to(dtype))
-    tl.store(group_flags_ptr + group, tl.where(size > 0.0, tl.where(spread > 0.0, 1, 3), 0).to(tl.uint8))
+    equal = tl.where(size > 1.0, 3, 7)
+    tl.store(group_flags_ptr + group, tl.where(size > 0.0, tl.where(spread > 0.0, 1, equal), 0).to(tl.uint8))
     tl.store(group_squares_ptr + group, tl.sum(square_sum, axis=0))

@@ -19,7 +19,7 @@ from vcpo_kernels.sequence_gradients.outer_sqnorm import FormCosts
 
 # Half of the pairs and the diagonal blocks; what is added up stays in registers, and costs next to nothing. By count of
 # multiplications: no GPU has measured it.
-COSTS = FormCosts(gram_share=0.55, pair_cost=2.0, tile_cost=2.0)
+COSTS = FormCosts(ghost_share=0.55, pair_cost=2.0, entry_cost=2.0)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def _rows_against(pointer, stride, rows, others, end, width, T: tl.constexpr, K:
 
 
 @triton.jit(do_not_specialize=["p", "q", "num_rows", "pairs"])
-def gram_kernel(
+def ghost_kernel(
     partial_ptr,  # [B, pairs] fp32
     left_ptr,  # [N, P], last dimension contiguous
     right_ptr,  # [N, Q]
@@ -83,7 +83,7 @@ def gram_kernel(
 
 
 @triton.jit(do_not_specialize=["p", "q", "num_rows", "tiles", "across"])
-def tile_kernel(
+def instantiated_kernel(
     partial_ptr,  # [B, tiles] fp32
     left_ptr,  # [N, P], last dimension contiguous
     right_ptr,  # [N, Q]
@@ -139,15 +139,15 @@ def _one(left: Tensor, right: Tensor, offsets: Tensor, max_length: int, form: st
     left, right = (x if x.stride(-1) == 1 else x.contiguous() for x in (left, right))
     chosen = COSTS.form(max_length, p, q) if form == "auto" else form
     strips, down, across = (triton.cdiv(n, size) for n in (max_length, p, q))
-    programs = strips * (strips + 1) // 2 if chosen == "gram" else down * across
+    programs = strips * (strips + 1) // 2 if chosen == "ghost" else down * across
     partial = torch.empty(batch, programs, dtype=torch.float32, device=left.device)
     if batch * programs:
         sizes = (p, q, left.stride(0), right.stride(0), left.shape[0], programs)
         meta = {"T": size, "K": launch.depth, "WIDEN": registry.triton_interpreted()}
         meta |= {"num_warps": launch.num_warps, "enable_fp_fusion": FUSION}
         with on_device_of(left):
-            if chosen == "gram":
-                gram_kernel[(batch * programs,)](partial, left, right, offsets, *sizes, **meta)
+            if chosen == "ghost":
+                ghost_kernel[(batch * programs,)](partial, left, right, offsets, *sizes, **meta)
             else:
-                tile_kernel[(batch * programs,)](partial, left, right, offsets, *sizes, across, **meta)
+                instantiated_kernel[(batch * programs,)](partial, left, right, offsets, *sizes, across, **meta)
     return partial.sum(1, dtype=torch.float64).float()

@@ -66,16 +66,16 @@ def tile_offsets(VEC: tl.constexpr, VECTORS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def entry_of(row, inner, shift, mask_ptr):
-    """Of logits row (o, t): o, t, the flat entry it is about, and whether that entry counts."""
+def token_of(row, inner, shift, mask_ptr):
+    """Of logits row (o, i): o, i, where its token is in [O, I], and whether that token counts."""
     outer = row // inner
     position = row - outer * inner
     predicted = position + shift
-    live = predicted < inner
-    entry = outer.to(tl.int64) * inner + tl.where(live, predicted, 0)
+    valid = predicted < inner
+    token = outer.to(tl.int64) * inner + tl.where(valid, predicted, 0)
     if mask_ptr is not None:
-        live = live & (tl.load(mask_ptr + entry) != 0)
-    return outer.to(tl.int64), position.to(tl.int64), entry, live
+        valid = valid & (tl.load(mask_ptr + token) != 0)
+    return outer.to(tl.int64), position.to(tl.int64), token, valid
 
 
 @triton.jit
@@ -98,10 +98,10 @@ def masked_block(j, full, target_block):
 
 
 @triton.jit
-def target_of(token, vocabulary):
+def target_of(token_id, vocabulary):
     """Whether an id lies in the row, and its index there: `vocabulary` where it does not."""
-    known = (token >= 0) & (token < vocabulary)
-    return known, tl.where(known, token, vocabulary).to(tl.int32)
+    known = (token_id >= 0) & (token_id < vocabulary)
+    return known, tl.where(known, token_id, vocabulary).to(tl.int32)
 
 
 @triton.jit
@@ -120,32 +120,34 @@ def row_statistics(
     full, target_block, plain_blocks, masked_blocks = split(vocabulary, target, BLOCK)
     scale = row_state.LOG2_E / temperature
 
-    peak, sum_exp, sum_centred, sum_sq = row_state.empty(LANES)
+    reference, sum_exp, sum_centred, sum_sq = row_state.empty(LANES)
     for i in range(plain_blocks):
         block = i + (i >= target_block).to(tl.int32)
         z = capped(tl.load(row_ptr + block * BLOCK + tile).to(tl.float32), softcap)
-        peak, sum_exp, sum_centred, sum_sq = row_state.absorb(peak, sum_exp, sum_centred, sum_sq, z, scale)
+        reference, sum_exp, sum_centred, sum_sq = row_state.absorb(reference, sum_exp, sum_centred, sum_sq, z, scale)
     for j in range(masked_blocks):
         index = masked_block(j, full, target_block) * BLOCK + tile
         counts = (index < vocabulary) & (index != target)
         z = capped(tl.load(row_ptr + index, mask=counts, other=0.0).to(tl.float32), softcap)
         z = tl.where(counts, z, float("-inf"))
-        peak, sum_exp, sum_centred, sum_sq = row_state.absorb(peak, sum_exp, sum_centred, sum_sq, z, scale)
+        reference, sum_exp, sum_centred, sum_sq = row_state.absorb(reference, sum_exp, sum_centred, sum_sq, z, scale)
 
     # Last, since through the loops it would hold a register; the masked one has just read around it.
     z_target = capped(tl.load(row_ptr + target, mask=known, other=float("-inf")).to(tl.float32), softcap)
-    peak, sum_exp, sum_centred, sum_sq = row_state.collapse(peak, sum_exp, sum_centred, sum_sq, scale)
-    logp, entropy, score, lse = row_state.statistics(peak, sum_exp, sum_centred, sum_sq, z_target, scale, temperature)
+    reference, sum_exp, sum_centred, sum_sq = row_state.merged(reference, sum_exp, sum_centred, sum_sq, scale)
+    logp, entropy, score, lse = row_state.statistics_of(
+        reference, sum_exp, sum_centred, sum_sq, z_target, scale, temperature
+    )
     nan = float("nan")
     return tl.where(known, logp, nan), entropy, tl.where(known, score, nan), lse, z_target
 
 
 @triton.jit
-def store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, entry, logp, entropy, score, lse):
-    tl.store(logp_ptr + entry, logp)
-    tl.store(entropy_ptr + entry, entropy)
-    tl.store(score_ptr + entry, score)
-    tl.store(lse_ptr + entry, lse)
+def store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, token, logp, entropy, score, lse):
+    tl.store(logp_ptr + token, logp)
+    tl.store(entropy_ptr + token, entropy)
+    tl.store(score_ptr + token, score)
+    tl.store(lse_ptr + token, lse)
 
 
 @triton.jit

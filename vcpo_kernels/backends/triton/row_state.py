@@ -1,17 +1,17 @@
 """The mergeable row state: what a pass over any piece of a row of logits leaves, and the rule that merges it.
 
-Layer: rows. The Triton twin of csrc/common/row_state.h. A piece of a row holds logits z (after softcap) and
-scale = log2(e) / temperature, so that exp(x_v - x_peak) = exp2((z_v - peak) scale). Its state, relative to
-`peak`:
+Layer: rows. The Triton twin of csrc/common/row_state.h, with its names; there exponents u = z scale are held, here
+logits z (after softcap) and scale = log2(e) / temperature, so that exp(x_v - x_r) = exp2((z_v - reference) scale).
+The state of a piece of a row, relative to `reference`:
 
-    peak         max z_v                            -inf while nothing but -inf was seen
-    sum_exp      sum_v e_v                          e_v = exp2(t_v), t_v = (z_v - peak) scale
+    reference    max z_v                            -inf while nothing but -inf was seen
+    sum_exp      sum_v e_v                          e_v = exp2(t_v), t_v = (z_v - reference) scale
     sum_centred  sum_v t_v e_v                      the entropy's numerator, in bits
     sum_sq       sum_v e_v^2                        the score norm's numerator
 
 The sampled token is left out of a row's pieces and joins at the end: 1 - p_y is then a sum of positive terms.
-States of pieces are merged by moving all to one peak (`moved`) and adding; blocks of a row, lanes of a
-program and vocabulary shards differ only in who holds the pieces.
+States of pieces are merged by taking all relative to one reference (`rebased`) and adding; blocks of a row, lanes of
+a program and vocabulary shards differ only in who holds the pieces.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ EXPONENT_FLOOR = tl.constexpr(-160.0)
 
 
 @triton.jit
-def finite_peak(peak):
+def finite(reference):
     """-inf - -inf is NaN; measured from 0 instead, a -inf logit has exp2(-inf) = 0 in an empty state too."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
+    return tl.where(reference == float("-inf"), 0.0, reference)
 
 
 @triton.jit
-def moved(peak, sum_exp, sum_centred, sum_sq, new_peak, scale):
-    """The sums of a state, relative to new_peak >= peak."""
-    by = tl.maximum((peak - finite_peak(new_peak)) * scale, EXPONENT_FLOOR)
+def rebased(reference, sum_exp, sum_centred, sum_sq, new_reference, scale):
+    """The sums of a state, relative to new_reference >= reference."""
+    by = tl.maximum((reference - finite(new_reference)) * scale, EXPONENT_FLOOR)
     factor = tl.exp2(by)
     return sum_exp * factor, (sum_centred + by * sum_exp) * factor, sum_sq * factor * factor
 
@@ -50,7 +50,7 @@ def empty(LANES: tl.constexpr):
 
 @triton.jit
 def absorb(
-    peak,  # [lanes], as the three sums
+    reference,  # [lanes], as the three sums
     sum_exp,
     sum_centred,
     sum_sq,
@@ -64,22 +64,22 @@ def absorb(
     told; 9 are the arithmetic below, 1.5 the conversion, and 1 because sums are taken as trees, where half
     the multiplies do not fuse.
     """
-    new_peak = tl.maximum(peak, tl.max(tl.max(z, axis=2), axis=0))
-    sum_exp, sum_centred, sum_sq = moved(peak, sum_exp, sum_centred, sum_sq, new_peak, scale)
-    t = (z - finite_peak(new_peak)[None, :, None]) * scale
+    new_reference = tl.maximum(reference, tl.max(tl.max(z, axis=2), axis=0))
+    sum_exp, sum_centred, sum_sq = rebased(reference, sum_exp, sum_centred, sum_sq, new_reference, scale)
+    t = (z - finite(new_reference)[None, :, None]) * scale
     e = tl.exp2(t)
     sum_exp += tl.sum(tl.sum(e, axis=2), axis=0)
     sum_centred += tl.sum(tl.sum(tl.maximum(t, EXPONENT_FLOOR) * e, axis=2), axis=0)
     sum_sq += tl.sum(tl.sum(e * e, axis=2), axis=0)
-    return new_peak, sum_exp, sum_centred, sum_sq
+    return new_reference, sum_exp, sum_centred, sum_sq
 
 
 @triton.jit
-def collapse(peak, sum_exp, sum_centred, sum_sq, scale):
+def merged(reference, sum_exp, sum_centred, sum_sq, scale):
     """All lanes' states merged into one, in an order that depends on nothing but the number of lanes."""
-    new_peak = tl.max(peak, axis=0)
-    sum_exp, sum_centred, sum_sq = moved(peak, sum_exp, sum_centred, sum_sq, new_peak, scale)
-    return new_peak, tl.sum(sum_exp, axis=0), tl.sum(sum_centred, axis=0), tl.sum(sum_sq, axis=0)
+    new_reference = tl.max(reference, axis=0)
+    sum_exp, sum_centred, sum_sq = rebased(reference, sum_exp, sum_centred, sum_sq, new_reference, scale)
+    return new_reference, tl.sum(sum_exp, axis=0), tl.sum(sum_centred, axis=0), tl.sum(sum_sq, axis=0)
 
 
 @triton.jit
@@ -101,8 +101,8 @@ def expm1_of_log_probability(log_p):
 
 
 @triton.jit
-def statistics(
-    peak,  # state of the row without the target
+def statistics_of(
+    reference,  # state of the row without the target
     sum_exp,
     sum_centred,
     sum_sq,
@@ -111,13 +111,13 @@ def statistics(
     temperature,
 ):
     """logp, entropy, score_sqnorm, lse from a row's state and its target. NaN where every logit is -inf."""
-    new_peak = tl.maximum(peak, z_target)
-    rest, rest_centred, rest_sq = moved(peak, sum_exp, sum_centred, sum_sq, new_peak, scale)
-    centred_target = z_target - finite_peak(new_peak)
+    new_reference = tl.maximum(reference, z_target)
+    rest, rest_centred, rest_sq = rebased(reference, sum_exp, sum_centred, sum_sq, new_reference, scale)
+    centred_target = z_target - finite(new_reference)
     e_target = tl.exp2(centred_target * scale)
     total = rest + e_target
     total = tl.where(total == 0.0, float("nan"), total)
-    # A target above all the rest is the peak, with e_target = 1: log1p then keeps a p_y close to 1 exact.
+    # A target above all the rest is the reference, with e_target = 1: log1p then keeps a p_y close to 1 exact.
     dominant = e_target >= rest
     log_total = tl.where(dominant, log1p(rest), tl.log(total))
     logp = tl.where(dominant, 0.0 - log_total, centred_target / temperature - log_total)
@@ -126,7 +126,7 @@ def statistics(
     entropy = rest_entropy - tl.where(p_target > 0.0, p_target * logp, 0.0)
     p_rest = rest / total
     score_sqnorm = p_rest * p_rest + rest_sq / total / total
-    lse = finite_peak(new_peak) / temperature + log_total
+    lse = finite(new_reference) / temperature + log_total
     missing = total != total
     nan = float("nan")
     return tl.where(missing, nan, logp), entropy, score_sqnorm, tl.where(missing, nan, lse)

@@ -5,13 +5,13 @@ The first loop takes the row's state as token_stats' forward pass does; logp and
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vcpo_kernels.backends.triton import row_loops, row_state
 from vcpo_kernels.backends.triton.launch import FUSION, as_bytes, launches, on_device_of, vector_length
+from vcpo_kernels.rows.statistics import RowStatistics
 
 
 @triton.jit(do_not_specialize=row_loops.NOT_SPECIALIZED)
@@ -38,20 +38,20 @@ def score_rows_kernel(
     VECTORS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    outer, position, entry, live = row_loops.entry_of(tl.program_id(0), inner, shift, mask_ptr)
+    outer, position, token, valid = row_loops.token_of(tl.program_id(0), inner, shift, mask_ptr)
     BLOCK: tl.constexpr = VECTORS * LANES * VEC
     row_ptr = rows_ptr + (outer * outer_stride + position * inner_stride) * VEC
     row_out_ptr = out_ptr + (outer * out_outer_stride + position * out_inner_stride) * VEC
     tile = row_loops.tile_offsets(VEC, VECTORS, LANES)
-    if live:
-        known, target = row_loops.target_of(tl.load(ids_ptr + entry), vocabulary)
+    if valid:
+        known, target = row_loops.target_of(tl.load(ids_ptr + token), vocabulary)
         logp, entropy, score, lse, z_target = row_loops.row_statistics(
             row_ptr, known, target, vocabulary, temperature, softcap, tile, BLOCK, LANES
         )
-        row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, entry, logp, entropy, score, lse)
+        row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, token, logp, entropy, score, lse)
         c = 1.0
         if coefficients_ptr is not None:
-            c = tl.load(coefficients_ptr + entry)
+            c = tl.load(coefficients_ptr + token)
         tl.debug_barrier()  # in place, one warp's stores must not overtake another's loads
         if c != 0.0:
             high, low = row_loops.pivot(z_target, logp, lse, temperature)
@@ -65,7 +65,7 @@ def score_rows_kernel(
         else:
             row_loops.zero_row(row_out_ptr, tile, vocabulary, BLOCK)
     else:
-        row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, entry, 0.0, 0.0, 0.0, 0.0)
+        row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, token, 0.0, 0.0, 0.0, 0.0)
         row_loops.zero_row(row_out_ptr, tile, vocabulary, BLOCK)
 
 
@@ -79,22 +79,22 @@ def forward(
     temperature: float,
     softcap: float | None,
     shift: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, score_sqnorm, lse, each [O, I] fp32; out = c d logp / d rows, and 0 where masked out or c = 0."""
+) -> RowStatistics:
+    """Each [O, I] fp32; out = c d logp / d rows, and 0 where masked out or c = 0."""
     outer, inner, vocabulary = rows.shape
-    logp, entropy, score, lse = (torch.empty(outer, inner, dtype=torch.float32, device=rows.device) for _ in range(4))
+    statistics = RowStatistics.empty((outer, inner), rows)
     if outer * inner == 0:
-        return logp, entropy, score, lse
+        return statistics
     table = launches(rows.device)
     launch = table.score if softcap is None else table.score_softcap
     vec = vector_length(rows, out)
     c = coefficients if coefficients is None else coefficients.contiguous()
     with on_device_of(rows):
         score_rows_kernel[(outer * inner,)](
-            out, rows, token_ids.contiguous(), as_bytes(mask), c, logp, entropy, score, lse,
+            out, rows, token_ids.contiguous(), as_bytes(mask), c, *statistics,
             inner, vocabulary, *(s // vec for t in (rows, out) for s in t.stride()[:2]),
             int(shift), temperature, softcap,
             VEC=vec, VECTORS=row_loops.vectors_per_thread(launch.vectors, rows, vec), LANES=launch.lanes,
             num_warps=launch.num_warps, enable_fp_fusion=FUSION,
         )  # fmt: skip
-    return logp, entropy, score, lse
+    return statistics

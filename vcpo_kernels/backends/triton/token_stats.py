@@ -8,13 +8,13 @@ and 40, which is bound by arithmetic.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vcpo_kernels.backends.triton import row_loops, row_state
 from vcpo_kernels.backends.triton.launch import FUSION, as_bytes, launches, on_device_of, vector_length
+from vcpo_kernels.rows.statistics import RowStatistics
 
 
 @triton.jit(do_not_specialize=row_loops.NOT_SPECIALIZED)
@@ -37,18 +37,18 @@ def forward_kernel(
     VECTORS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    outer, position, entry, live = row_loops.entry_of(tl.program_id(0), inner, shift, mask_ptr)
-    if live:
+    outer, position, token, valid = row_loops.token_of(tl.program_id(0), inner, shift, mask_ptr)
+    if valid:
         BLOCK: tl.constexpr = VECTORS * LANES * VEC
         row_ptr = rows_ptr + (outer * outer_stride + position * inner_stride) * VEC
         tile = row_loops.tile_offsets(VEC, VECTORS, LANES)
-        known, target = row_loops.target_of(tl.load(ids_ptr + entry), vocabulary)
+        known, target = row_loops.target_of(tl.load(ids_ptr + token), vocabulary)
         logp, entropy, score, lse, _ = row_loops.row_statistics(
             row_ptr, known, target, vocabulary, temperature, softcap, tile, BLOCK, LANES
         )
-        row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, entry, logp, entropy, score, lse)
+        row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, token, logp, entropy, score, lse)
     else:
-        row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, entry, 0.0, 0.0, 0.0, 0.0)
+        row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, token, 0.0, 0.0, 0.0, 0.0)
 
 
 @triton.jit(do_not_specialize=row_loops.NOT_SPECIALIZED)
@@ -76,27 +76,27 @@ def backward_kernel(
     VECTORS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    outer, position, entry, live = row_loops.entry_of(tl.program_id(0), inner, shift, mask_ptr)
+    outer, position, token, valid = row_loops.token_of(tl.program_id(0), inner, shift, mask_ptr)
     BLOCK: tl.constexpr = VECTORS * LANES * VEC
     row_ptr = rows_ptr + (outer * outer_stride + position * inner_stride) * VEC
     row_out_ptr = out_ptr + (outer * out_outer_stride + position * out_inner_stride) * VEC
     tile = row_loops.tile_offsets(VEC, VECTORS, LANES)
     g = 0.0
     if grad_logp_ptr is not None:
-        g = tl.load(grad_logp_ptr + entry)
+        g = tl.load(grad_logp_ptr + token)
     h = 0.0
     if grad_entropy_ptr is not None:
-        h = tl.load(grad_entropy_ptr + entry)
-    if live & ((g != 0.0) | (h != 0.0)):
-        known, target = row_loops.target_of(tl.load(ids_ptr + entry), vocabulary)
-        logp, lse = tl.load(logp_ptr + entry), tl.load(lse_ptr + entry)
+        h = tl.load(grad_entropy_ptr + token)
+    if valid & ((g != 0.0) | (h != 0.0)):
+        known, target = row_loops.target_of(tl.load(ids_ptr + token), vocabulary)
+        logp, lse = tl.load(logp_ptr + token), tl.load(lse_ptr + token)
         if target_logits_ptr is None:
             z_target = tl.load(row_ptr + target, mask=known, other=0.0).to(tl.float32)
             tl.debug_barrier()  # in place, one warp's stores must not overtake another's load of the target
-            valid = known
+            in_vocabulary = known
         else:
-            z_target = tl.load(target_logits_ptr + entry)
-            valid = logp == logp  # an id outside this block lies in another one; a NaN of the forward stays one
+            z_target = tl.load(target_logits_ptr + token)
+            in_vocabulary = logp == logp  # an id outside this block lies in another one; a NaN of the forward stays one
         z_target = row_loops.capped(z_target, softcap)
         high, low = row_loops.pivot(z_target, logp, lse, temperature)
         scale = row_state.LOG2_E / temperature
@@ -104,13 +104,13 @@ def backward_kernel(
         by_p = 0.0 - g
         by_p_log_p = None
         if grad_entropy_ptr is not None:
-            entropy = tl.load(entropy_ptr + entry)
+            entropy = tl.load(entropy_ptr + token)
             p_target = tl.exp(logp)
             at_target -= tl.where(p_target > 0.0, h * p_target * (logp + entropy), 0.0)
             by_p -= h * entropy
             by_p_log_p = (0.0 - h * row_state.LN_2) / temperature
         at_target = at_target / temperature
-        by_p = tl.where(valid, by_p / temperature, float("nan"))
+        by_p = tl.where(in_vocabulary, by_p / temperature, float("nan"))
         row_loops.write_gradient(
             row_out_ptr, row_ptr, target, at_target, high, low, scale, by_p, by_p_log_p,
             vocabulary, softcap, tile, BLOCK, LAST_FIRST=False,
@@ -127,23 +127,23 @@ def forward(
     temperature: float,
     softcap: float | None,
     shift: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, score_sqnorm, lse, each [O, I] fp32."""
+) -> RowStatistics:
+    """Each [O, I] fp32."""
     outer, inner, vocabulary = rows.shape
-    logp, entropy, score, lse = (torch.empty(outer, inner, dtype=torch.float32, device=rows.device) for _ in range(4))
+    statistics = RowStatistics.empty((outer, inner), rows)
     if outer * inner == 0:
-        return logp, entropy, score, lse
+        return statistics
     table = launches(rows.device)
     launch = table.forward if softcap is None else table.forward_softcap
     vec = vector_length(rows)
     with on_device_of(rows):
         forward_kernel[(outer * inner,)](
-            rows, token_ids.contiguous(), as_bytes(mask), logp, entropy, score, lse,
+            rows, token_ids.contiguous(), as_bytes(mask), *statistics,
             inner, vocabulary, *(s // vec for s in rows.stride()[:2]), int(shift), temperature, softcap,
             VEC=vec, VECTORS=row_loops.vectors_per_thread(launch.vectors, rows, vec), LANES=launch.lanes,
             num_warps=launch.num_warps, enable_fp_fusion=FUSION,
         )  # fmt: skip
-    return logp, entropy, score, lse
+    return statistics
 
 
 def backward(

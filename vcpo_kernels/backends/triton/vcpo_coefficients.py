@@ -35,15 +35,20 @@ from vcpo_kernels.sequences.vcpo_coefficients import METRICS, SequenceResults
     _REWARD,
     _ADVANTAGE,
     _EQUAL,
-) = (tl.constexpr(i) for i in range(11))
+    _SINGLE,
+    _RATIO_ABS,
+    _RATIO_NEGATIVE,
+) = (tl.constexpr(i) for i in range(14))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_groups"])
+@triton.jit(do_not_specialize=["num_tokens", "num_groups", "batch"])
 def sequence_kernel(
     log_w_ptr,  # [B], as the next two
     lengths_ptr,
     norms_ptr,
     ok_ptr,  # [B] uint8
+    ratios_ptr,  # [3, B] float64: of the finite log-ratios of its tokens, sum of magnitudes, how many are < 0, how many
+    batch,
     advantages_ptr,  # [B], zeroed here, as the next: a sequence of no group is written by no group
     coefficients_ptr,
     logp_ptr,  # [N], as the next two
@@ -68,10 +73,18 @@ def sequence_kernel(
     log_w = tl.zeros([BLOCK], dtype=tl.float64)
     length = tl.zeros([BLOCK], dtype=tl.int64)
     norm = tl.zeros([BLOCK], dtype=tl.float64)
+    magnitude = tl.zeros([BLOCK], dtype=tl.float64)
+    negative = tl.zeros([BLOCK], dtype=tl.int64)
+    finite = tl.zeros([BLOCK], dtype=tl.int64)
     for start in range(first, end, BLOCK):
         token, counts = segment_tokens(start + tl.arange(0, BLOCK), end, mask_ptr, order_ptr)
         logp = tl.load(logp_ptr + token, mask=counts, other=0.0)
-        log_w += (logp - tl.load(behavior_ptr + token, mask=counts, other=0.0)).to(tl.float64)
+        ratio = logp - tl.load(behavior_ptr + token, mask=counts, other=0.0)
+        log_w += ratio.to(tl.float64)
+        within = counts & (tl.abs(ratio).to(tl.float32) < INF)
+        magnitude += tl.where(within, tl.abs(ratio), 0.0).to(tl.float64)
+        negative += (within & (ratio < 0.0)).to(tl.int64)
+        finite += within.to(tl.int64)
         length += counts.to(tl.int64)
         if scores_ptr is not None:
             norm += tl.load(scores_ptr + token, mask=counts, other=0.0).to(tl.float64)
@@ -88,6 +101,9 @@ def sequence_kernel(
     if group_ids_ptr is not None:
         group = tl.load(group_ids_ptr + sequence)
         ok = ok & (group >= 0) & (group < num_groups)
+    tl.store(ratios_ptr + sequence, tl.sum(magnitude, axis=0))
+    tl.store(ratios_ptr + batch + sequence, tl.sum(negative, axis=0).to(tl.float64))
+    tl.store(ratios_ptr + 2 * batch + sequence, tl.sum(finite, axis=0).to(tl.float64))
     tl.store(log_w_ptr + sequence, total)
     tl.store(lengths_ptr + sequence, count.to(dtype))
     tl.store(norms_ptr + sequence, squared_norm)
@@ -110,6 +126,7 @@ def batch_kernel(
     lengths_ptr,
     rewards_ptr,
     ok_ptr,  # [B] uint8
+    ratios_ptr,  # [3, B] float64
     batch,
     max_weight,
     ess_max_weight,
@@ -119,7 +136,7 @@ def batch_kernel(
 ):
     clip, ess_clip = log64(max_weight), log64(ess_max_weight)
     zeros = tl.zeros([BLOCK], dtype=tl.float64)
-    live_sum, token_sum, ok_sum, truncated_sum, log_w_sum, reward_sum = (
+    nonempty_sum, token_sum, ok_sum, truncated_sum, log_w_sum, reward_sum = (
         zeros,
         zeros,
         zeros,
@@ -134,21 +151,26 @@ def batch_kernel(
         ok = tl.load(ok_ptr + index, mask=inside, other=0) != 0
         log_w = load64(log_w_ptr, index, ok)
         lengths = load64(lengths_ptr, index, inside)
-        live_sum += (lengths > 0.0).to(tl.float64)
+        nonempty_sum += (lengths > 0.0).to(tl.float64)
         token_sum += lengths
         ok_sum += ok.to(tl.float64)
         truncated_sum += (ok & (log_w > clip)).to(tl.float64)
         log_w_sum += log_w
         reward_sum += load64(rewards_ptr, index, ok)
         highest = tl.maximum(highest, tl.where(ok, log_w, -INF))
-    live, taking_part = tl.sum(live_sum, axis=0), tl.sum(ok_sum, axis=0)
+    nonempty, taking_part = tl.sum(nonempty_sum, axis=0), tl.sum(ok_sum, axis=0)
     peak = tl.max(highest, axis=0)
     ess_peak = tl.minimum(peak, ess_clip)
 
     first_sum, second_sum = zeros, zeros
+    magnitude_sum, negative_sum, finite_sum = zeros, zeros, zeros
     for start in range(0, batch, BLOCK):
         index = start + tl.arange(0, BLOCK)
-        ok = tl.load(ok_ptr + index, mask=index < batch, other=0) != 0
+        inside = index < batch
+        magnitude_sum += load64(ratios_ptr, index, inside)
+        negative_sum += load64(ratios_ptr + batch, index, inside)
+        finite_sum += load64(ratios_ptr + 2 * batch, index, inside)
+        ok = tl.load(ok_ptr + index, mask=inside, other=0) != 0
         log_w = tl.minimum(load64(log_w_ptr, index, ok), ess_clip)
         ok = ok & (log_w > -INF)
         e = tl.where(ok, tl.exp(tl.where(ok, log_w - ess_peak, 0.0)), 0.0)
@@ -157,25 +179,28 @@ def batch_kernel(
     first = _log_sum(ess_peak, tl.sum(first_sum, axis=0))
     second = _log_sum(2 * ess_peak, tl.sum(second_sum, axis=0))
     ess = tl.where(first > -INF, tl.exp(tl.where(first > -INF, 2 * first - second, 0.0)), 0.0)
-    ess = tl.minimum(ess, live)
+    ess = tl.minimum(ess, nonempty)
     tokens = tl.sum(token_sum, axis=0)
     divisor = tl.maximum(taking_part, 1.0)
 
     tl.store(moments_ptr, first)
     tl.store(moments_ptr + 1, second)
-    tl.store(moments_ptr + 2, live)
-    tl.store(counts_ptr, tl.where(num_sequences < 0.0, live, num_sequences))
+    tl.store(moments_ptr + 2, nonempty)
+    tl.store(counts_ptr, tl.where(num_sequences < 0.0, nonempty, num_sequences))
     tl.store(counts_ptr + 1, tl.where(num_tokens < 0.0, tokens, num_tokens))
     dtype = metrics_ptr.dtype.element_ty
     tl.store(metrics_ptr + _ESS, ess.to(dtype))
-    tl.store(metrics_ptr + _ESS_RATIO, (ess / tl.maximum(live, 1.0)).to(dtype))
-    tl.store(metrics_ptr + _NUM_SEQUENCES, live.to(dtype))
+    tl.store(metrics_ptr + _ESS_RATIO, (ess / tl.maximum(nonempty, 1.0)).to(dtype))
+    tl.store(metrics_ptr + _NUM_SEQUENCES, nonempty.to(dtype))
     tl.store(metrics_ptr + _NUM_TOKENS, tokens.to(dtype))
-    tl.store(metrics_ptr + _NONFINITE, (live - taking_part).to(dtype))
+    tl.store(metrics_ptr + _NONFINITE, (nonempty - taking_part).to(dtype))
     tl.store(metrics_ptr + _TRUNCATED, (tl.sum(truncated_sum, axis=0) / divisor).to(dtype))
     tl.store(metrics_ptr + _MEAN, (tl.sum(log_w_sum, axis=0) / divisor).to(dtype))
     tl.store(metrics_ptr + _MAX, tl.where(taking_part > 0.0, peak, 0.0).to(dtype))
     tl.store(metrics_ptr + _REWARD, (tl.sum(reward_sum, axis=0) / divisor).to(dtype))
+    ratios = tl.maximum(tl.sum(finite_sum, axis=0), 1.0)
+    tl.store(metrics_ptr + _RATIO_ABS, (tl.sum(magnitude_sum, axis=0) / ratios).to(dtype))
+    tl.store(metrics_ptr + _RATIO_NEGATIVE, (tl.sum(negative_sum, axis=0) / ratios).to(dtype))
 
 
 @triton.jit(do_not_specialize=["batch", "num_groups"])
@@ -189,7 +214,7 @@ def metrics_kernel(
     BLOCK: tl.constexpr,
 ):
     zeros = tl.zeros([BLOCK], dtype=tl.float64)
-    ok_sum, seen_sum, equal_sum, square_sum = zeros, zeros, zeros, zeros
+    ok_sum, seen_sum, equal_sum, single_sum, square_sum = zeros, zeros, zeros, zeros, zeros
     for start in range(0, batch, BLOCK):
         index = start + tl.arange(0, BLOCK)
         ok_sum += tl.load(ok_ptr + index, mask=index < batch, other=0).to(tl.float64)
@@ -198,12 +223,14 @@ def metrics_kernel(
         flags = tl.load(group_flags_ptr + index, mask=index < num_groups, other=0)
         seen_sum += (flags > 0).to(tl.float64)
         equal_sum += (flags > 1).to(tl.float64)
+        single_sum += (flags > 3).to(tl.float64)
         square_sum += load64(group_squares_ptr, index, index < num_groups)
     dtype = metrics_ptr.dtype.element_ty
     squares = tl.sum(square_sum, axis=0) / tl.maximum(tl.sum(ok_sum, axis=0), 1.0)
     equal_fraction = tl.sum(equal_sum, axis=0) / tl.maximum(tl.sum(seen_sum, axis=0), 1.0)
     tl.store(metrics_ptr + _ADVANTAGE, squares.to(dtype))
     tl.store(metrics_ptr + _EQUAL, equal_fraction.to(dtype))
+    tl.store(metrics_ptr + _SINGLE, tl.sum(single_sum, axis=0).to(dtype))
 
 
 def forward(
@@ -234,7 +261,9 @@ def forward(
         torch.empty(batch, dtype=logp.dtype, device=device) for _ in range(5)
     )
     baselines, metrics = (torch.empty(n, dtype=logp.dtype, device=device) for n in (num_groups, len(METRICS)))
-    moments, counts, group_squares = (torch.empty(n, dtype=torch.float64, device=device) for n in (3, 2, num_groups))
+    moments, counts, group_squares, ratios = (
+        torch.empty(n, dtype=torch.float64, device=device) for n in (3, 2, num_groups, 3 * batch)
+    )
     ok, group_flags = (torch.empty(n, dtype=torch.uint8, device=device) for n in (batch, num_groups))
     logp, behavior_logp, rewards, offsets = (t.contiguous() for t in (logp, behavior_logp, rewards, offsets))
     token_scores, score_norms, group_ids, order = (
@@ -247,13 +276,13 @@ def forward(
     with on_device_of(logp):
         if batch:
             sequence_kernel[(batch,)](
-                log_w, lengths, norms, ok, advantages, coefficients,
+                log_w, lengths, norms, ok, ratios, batch, advantages, coefficients,
                 logp, behavior_logp, token_scores if score_norms is None else None, score_norms, rewards,
                 group_ids, num_groups, as_bytes(mask), offsets, order, logp.numel(), usable_below(max_weight),
                 SKIP_FIRST=skip_first and order is None, **options,
             )  # fmt: skip
         batch_kernel[(1,)](
-            moments, counts, metrics, log_w, lengths, rewards, ok, batch, clip, ess_clip,
+            moments, counts, metrics, log_w, lengths, rewards, ok, ratios, batch, clip, ess_clip,
             *(-1.0 if n is None else float(n) for n in (num_sequences, num_tokens)), **options,
         )  # fmt: skip
         if num_groups:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vcpo_kernels.integrations._sampling import OFF, REASON, changed
 from vcpo_kernels.integrations.trl._versions import TESTED_BELOW, TESTED_FROM
 
 
@@ -42,6 +43,8 @@ _ENTROPY_CONTROL = "Adaptive entropy control is not built in; a constant entropy
 _COMPILED = "The head is patched in each forward, which a compiled model does not see."
 _LOSS_TYPES = "Say how tokens are weighed with loss_type='dapo', 'grpo' or 'dr_grpo', or with aggregation=..."
 
+_SAMPLING = {name: (OFF[name], REASON) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+
 _DEEPSPEED = "Its engine steps inside backward, before the step's rate is known. Use DistributedDataParallel."
 
 GRPO = Options(
@@ -49,9 +52,9 @@ GRPO = Options(
         "model_init_kwargs", "trust_remote_code", "router_aux_loss_coef", "disable_dropout", "cast_lm_head_to_fp32",
         "num_generations", "num_generations_eval", "max_completion_length", "ds3_gather_for_generation",
         "shuffle_dataset", "pad_to_multiple_of", "generation_batch_size", "steps_per_generation", "temperature",
-        "top_p", "top_k", "min_p", "generation_kwargs", "chat_template_kwargs", "repetition_penalty",
+        "generation_kwargs", "chat_template_kwargs",
         "cache_implementation", "use_vllm", "vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode",
-        "vllm_structured_outputs_regex", "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
+        "vllm_server_base_url", "vllm_server_host", "vllm_server_port",
         "vllm_server_timeout", "vllm_group_port", "vllm_gpu_memory_utilization", "vllm_max_model_length",
         "vllm_tensor_parallel_size", "vllm_importance_sampling_correction", "beta", "use_bias_correction_kl",
         "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "num_iterations", "reward_weights",
@@ -83,7 +86,8 @@ GRPO = Options(
         "vllm_importance_sampling_cap": _VLLM_WEIGHTS,
         "off_policy_mask_threshold": "VCPO keeps stale sequences, by their weights.",
     },
-    limited={
+    limited=_SAMPLING | {
+        "vllm_structured_outputs_regex": ((None,), REASON),
         "loss_type": (tuple(AGGREGATION_OF), f"The others are other losses than VCPO's. {_LOSS_TYPES}"),
         "scale_rewards": (
             ("group", "none", True, False),
@@ -104,12 +108,13 @@ GRPO = Options(
 ASYNC_GRPO = Options(
     honoured=frozenset({
         "model_init_kwargs", "dtype", "trust_remote_code", "router_aux_loss_coef", "num_generations",
-        "max_completion_length", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "chat_template_kwargs",
+        "max_completion_length", "temperature", "chat_template_kwargs",
         "max_tool_calling_iterations", "fork_threshold_tokens", "vllm_server_base_url", "vllm_server_timeout",
         "request_timeout", "weight_sync_timeout", "token_budget", "max_inflight_tasks", "max_staleness",
         "queue_maxsize", "weight_sync_steps", "heartbeat_stale_after_s", "log_completions", "num_completions_to_print",
     }),
     refused={"epsilon": _CLIPPING, "epsilon_high": _CLIPPING},
+    limited=_SAMPLING,
     unset={"deepspeed": _DEEPSPEED, "label_smoothing_factor": "There are no labels to smooth."},
 )  # fmt: skip
 
@@ -137,6 +142,8 @@ def refuse_options(where: str, args: Any, of_trl: type, inherited: type, options
         else:
             tested = f"TRL {TESTED_FROM[0]}.{TESTED_FROM[1]} to below {TESTED_BELOW[0]}.{TESTED_BELOW[1]}"
             problems.append(f"{f.name}={value!r}: not known to this version, which knows {tested}.")
+    generation = changed(getattr(args, "generation_kwargs", None) or {})
+    problems += [f"generation_kwargs[{name!r}]={value!r}: {REASON}" for name, value in generation.items()]
     problems += [f"{n}={getattr(args, n)!r}: {why}" for n, why in options.unset.items() if getattr(args, n, None)]
     if str(getattr(args.optim, "value", args.optim)) in _STEPLESS_OPTIMIZERS:
         problems.append(f"optim={args.optim!r}: it updates inside backward, before the step's rate is known.")

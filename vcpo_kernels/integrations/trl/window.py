@@ -20,8 +20,12 @@ from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT, usable_below
 from vcpo_kernels.sequences.vcpo_coefficients import METRICS, SequenceResults, vcpo_coefficients
 
 # What is known of a sequence, in this order: L_i, n_i, R_i, the id of its group, |T_i|, and sums over its tokens of the
-# entropy and of the KL penalty.
-COLUMNS = ("log_weight", "score_sqnorm", "reward", "group", "length", "entropy", "kl")
+# entropy, of the KL penalty, of |log pi - log mu| and of where that is below 0.
+COLUMNS = (
+    "log_weight", "score_sqnorm", "reward", "group", "length", "entropy", "kl", "log_ratio_abs", "log_ratio_negative"
+)  # fmt: skip
+# The op is given whole sequences in place of tokens, so that these two of its metrics come from the columns instead.
+_OF_TOKENS = {"log_ratio_abs_mean": "log_ratio_abs", "log_ratio_negative_fraction": "log_ratio_negative"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ class Window:
         found = b.isfinite()
         baseline = torch.where(found, b, 0.0).sum() / found.sum().clamp(min=1)
         values = torch.cat([self.sequences.metrics.double(), baseline[None]]).tolist()
-        return dict(zip((*METRICS, "baseline_mean"), values, strict=True))
+        named = dict(zip((*METRICS, "baseline_mean"), values, strict=True))
+        return named | {name: self.token_mean(column) for name, column in _OF_TOKENS.items()}
 
     def token_mean(self, column: str) -> float:
         """Mean over the window's tokens of a summed column. NaN tokens (of dropped sequences) are left out."""
@@ -123,6 +128,8 @@ def sequence_columns(
         segments.lengths,
         segments.sum(stats.entropy),
         segments.sum(penalty),
+        segments.sum((stats.logp - stats.behavior_logp).abs()),
+        segments.sum((stats.logp < stats.behavior_logp).to(stats.logp.dtype)),
     )
     return torch.stack([c.double() for c in columns], 1)
 

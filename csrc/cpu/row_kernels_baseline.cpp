@@ -1,5 +1,13 @@
-// Vectors of 4 floats in the compiler's own vector extension: SSE2 on x86-64, NEON on aarch64, anything elsewhere.
-// Included inside an anonymous namespace by token_stats_baseline.cpp.
+// The row kernels at the compiler's default instruction set: vectors of 4 floats in the compiler's own vector
+// extension, which is SSE2 on x86-64, NEON on aarch64, anything elsewhere.
+#include "row_kernels.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace vcpo {
+namespace {
 
 struct Simd {
   typedef float F __attribute__((vector_size(16)));
@@ -12,7 +20,10 @@ struct Simd {
     F a, b;
   };
 
-  static void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 2048); }  // see simd_avx512
+  static void prefetch(const void* p) {
+    __builtin_prefetch(static_cast<const char*>(p) + 2048);
+  }  // see row_kernels_avx512.cpp
+  static void stream_fence() {}  // nothing is streamed
   static F set1(float x) { return F{x, x, x, x}; }
   static F load(const float* p) {
     F x;
@@ -46,7 +57,7 @@ struct Simd {
     return x > y ? x : y;
   }
 
-  // As in simd_avx2.inc.
+  // As in row_kernels_avx2.cpp.
   static constexpr float kMinExponent = -127.0f;
   static F floor_exponent(F t) { return max(set1(kMinExponent), t); }
   static F exp2(F t) {
@@ -89,3 +100,11 @@ struct Simd {
     for (int i = 0; i < 4; ++i) p[i] = from_float<Float16>(a[i]), p[i + 4] = from_float<Float16>(b[i]);
   }
 };
+
+#include "row_kernels.inc"
+
+}  // namespace
+
+const RowKernels kRowKernelsBaseline = kRowKernels;
+
+}  // namespace vcpo

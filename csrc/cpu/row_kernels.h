@@ -1,9 +1,14 @@
-// Rows of logits, their tokens, and the vectorised kernels of one row that every row op is made of.
+// The vectorised kernels of one row that every row op is made of.
 //
-//   bindings.cpp -> <op>.cpp (rows over threads) -> token_stats_<isa>.cpp (one row, vectorised)
+//   bindings.cpp -> <op>.cpp (rows over threads) -> row_kernels_<isa>.cpp (one row, vectorised)
 #pragma once
 
+// What row_kernels.inc needs too: included inside a namespace and under a target, it can include nothing itself.
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 
 #include "../common/row_gradient.h"
 #include "../common/row_state.h"
@@ -16,8 +21,8 @@ using ForwardRow = RowStatistics (*)(const void* row, std::int64_t vocabulary, s
 using BackwardRow = void (*)(void* out, const void* row, std::int64_t vocabulary, const RowGradient&, const RowScale&,
                              bool stream);
 
-// What a forward leaves for the gradient of its own row, so that no exponential is taken twice: 2^(u - ref) of every
-// entry and the reference of every block, in an order that only the kernels of one instruction set know.
+// What a forward leaves for the gradient of its own row, so that no exponential is taken twice: 2^(u - reference) of
+// every entry and the reference of every block, in an order that only the kernels of one instruction set know.
 struct Kept {
   float* exponentials;
   double* references;

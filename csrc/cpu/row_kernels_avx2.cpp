@@ -1,4 +1,19 @@
-// Vectors of 8 floats. Included inside an anonymous namespace, under the target pragma of token_stats_avx2.cpp.
+// The row kernels on AVX2, FMA and F16C: vectors of 8 floats. Why a file of its own: row_kernels.inc.
+#include "row_kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace vcpo {
+namespace {
 
 struct Simd {
   using F = __m256;
@@ -9,7 +24,10 @@ struct Simd {
     F a, b;
   };
 
-  static void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 2048); }  // see simd_avx512
+  static void prefetch(const void* p) {
+    __builtin_prefetch(static_cast<const char*>(p) + 2048);
+  }  // see row_kernels_avx512.cpp
+  static void stream_fence() { _mm_sfence(); }
   static F set1(float x) { return _mm256_set1_ps(x); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F x) { _mm256_storeu_ps(p, x); }
@@ -94,3 +112,19 @@ struct Simd {
     put<kStream>(p, _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
   }
 };
+
+#include "row_kernels.inc"
+
+}  // namespace
+
+const RowKernels kRowKernelsAvx2 = kRowKernels;
+
+}  // namespace vcpo
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

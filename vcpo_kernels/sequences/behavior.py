@@ -1,0 +1,93 @@
+"""Where log mu came from, as far as the tokens' log-ratios tell: one warning a cause, with what to do about it.
+
+Layer: tokens [N]. A behavior_logp that is not of these tokens, or not of this distribution, makes numbers that look healthy:
+all weights vanish together, and the ESS ratio is 1. Only tensors that may be read are looked at (a CPU's, not compiling); on
+a GPU the metrics `log_ratio_abs_mean` and `log_ratio_negative_fraction` say the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels.core import checks
+
+FAR = 1.0  # nats a token: policies that are a hundred updates apart differ by tenths
+ENOUGH_TOKENS = 64  # before a share of signs says anything
+ONE_SIDED = 0.98  # of the tokens that differ at all
+NOTICEABLE = 5e-3  # nats a token; below, a sampler's own rounding
+
+_said: set[str] = set()
+
+
+def log_ratio_metrics(log_ratio: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """Mean magnitude of log pi - log mu [N] over the tokens that count and have a finite one, and the share of them below 0."""
+    finite = valid & log_ratio.isfinite()
+    count = finite.sum().clamp(min=1).double()
+    return {
+        "log_ratio_abs_mean": torch.where(finite, log_ratio.abs(), 0.0).double().sum() / count,
+        "log_ratio_negative_fraction": (finite & (log_ratio < 0)).sum() / count,
+    }
+
+
+def warn_of_behavior(where: str, logp: Tensor, behavior_logp: Tensor, valid: Tensor) -> None:
+    """logp, behavior_logp: flat [N]. valid: bool [N], the tokens that count."""
+    if not checks.readable(logp) or not bool(valid.any()):
+        return
+    theta, mu = logp.detach()[valid].double(), behavior_logp.detach()[valid].double()
+    if (found := _cause(theta, mu, logp.detach(), behavior_logp.detach(), valid)) is None or found[0] in _said:
+        return
+    _said.add(found[0])
+    warnings.warn(f"{where}: {found[1]}", UserWarning, stacklevel=3)
+
+
+def _cause(theta: Tensor, mu: Tensor, logp: Tensor, behavior_logp: Tensor, valid: Tensor) -> tuple[str, str] | None:
+    """A name, and the text; None where nothing is suspicious."""
+    finite = mu.isfinite() & theta.isfinite()
+    if not bool(finite.any()):
+        what = "NaN" if bool(mu.isnan().all()) else "not finite"
+        return (
+            "nothing",
+            f"behavior_logp is {what} at all {len(mu)} valid tokens. Did the sampler record log-probabilities?",
+        )
+    theta, mu = theta[finite], mu[finite]
+    highest = float(mu.max())
+    if highest > 1e-3:
+        fix = "Probabilities? Take behavior_logp.log()." if highest <= 1.001 else "Negative logs? Take -behavior_logp."
+        return "positive", f"behavior_logp holds values up to {highest:.3g}, and a log-probability is at most 0. {fix}"
+    ratio = theta - mu
+    far = float(ratio.abs().mean())
+    if far > FAR:
+        return "far", f"log pi and log mu differ by {far:.1f} nats a token: {_likely(far, logp, behavior_logp, valid)}"
+    if far == 0 and len(ratio) > 1:
+        return "identical", (
+            "the ratio pi / mu is identically 1: behavior_logp is this policy's own logp, so that weights, ESS and step "
+            "size do nothing. For stale rollouts pass the log-probabilities that the sampler recorded."
+        )
+    return _one_sided(ratio, far)
+
+
+def _likely(far: float, logp: Tensor, behavior_logp: Tensor, valid: Tensor) -> str:
+    for by, what in ((1, "one position late"), (-1, "one position early")):
+        rolled = (logp - behavior_logp.roll(-by)).double()[valid]
+        if float(rolled[rolled.isfinite()].abs().mean()) < far / 2:
+            return f"off by one? It fits {what}: behavior_logp[:, t] belongs to ids[:, t]."
+    return (
+        "off by one (behavior_logp[:, t] belongs to ids[:, t]), another temperature or softcap than the sampler's, other token "
+        "ids or attention masks (left padding needs position ids)?"
+    )
+
+
+def _one_sided(ratio: Tensor, far: float) -> tuple[str, str] | None:
+    """Every token less likely than mu says: mu was over fewer entries. Between two policies over the same, signs are mixed."""
+    below, above = int((ratio < -1e-4).sum()), int((ratio > 1e-4).sum())
+    if below + above < ENOUGH_TOKENS or far < NOTICEABLE or below < ONE_SIDED * (below + above):
+        return None
+    return "support", (
+        f"log pi < log mu at {below} of the {below + above} tokens where they differ, by {far:.2g} nats a token: the "
+        "sampler's probabilities seem to be over a part of the vocabulary (top-p, top-k, min-p), whose mass is missing from "
+        "pi. Weights then vanish together while ESS looks healthy. Sample from the whole vocabulary, or record unrestricted "
+        "log-probabilities."
+    )
