@@ -5,6 +5,7 @@ Layer: scalars. eta_eff = eta * min(1, rho / rho_ref)^exponent, rho = ESS / B of
 
 from __future__ import annotations
 
+import inspect
 import numbers
 import warnings
 from typing import Any
@@ -38,13 +39,20 @@ class EssLearningRate:
     and capturable honour it. A tensor learning rate is scaled in place, without a synchronisation; a float one costs one
     read of a scalar per step.
 
-    Gradients that are thrown away take their observations with them: `optimizer.zero_grad()` forgets every observation
-    whose loss was backpropagated, so a step that a GradScaler skipped does not leak into the next. Code that clears
-    gradients elsewhere (`model.zero_grad()`), drops a batch after observing it, or observes log-weights (which have no loss
-    to watch) and then skips the step calls `reset()`.
+    Gradients that are thrown away take their observations with them, so that a step that a GradScaler skipped does not leak
+    into the next, whatever was observed (an output, an ESS, log-weights) and whatever was backpropagated (its loss, or in two
+    phases another): `optimizer.zero_grad()`, or `model.zero_grad()`, forgets every observation that a gradient has followed
+    since, and in loops that observe after their backwards all of them. An observation made ahead of its backward stays. The
+    order of a loop is read off the first observation after a step or clearing: whether gradients had arrived before it.
+    `reset()` is for what cannot be seen: a batch dropped between its observation and its backward,
+    `model.zero_grad(set_to_none=False)`, and `model.zero_grad()` where `SequenceGradients.accumulate_` wrote the gradients.
 
-    A step that raises leaves the rate scaled until the next step or `reset()`. In `step(closure)` the rate is set before
-    the closure runs, so observe before the step. The optimizer's hooks keep this object alive: it acts until `remove()`.
+    What others set during a step stays: a scheduler stepped in a post hook and a closure find the unscaled rate there, and a
+    step goes on at the factor times what its closure set. Other code inside the step (a pre hook registered later, an
+    overridden `step`) finds the scaled rate: it may set another, but one that it multiplies is not divided back.
+
+    A step that raises leaves the rate scaled until the next step or `reset()`. In `step(closure)` ESS is taken before the
+    closure runs, so observe before the step. The optimizer's hooks keep this object alive: it acts until `remove()`.
 
     Args:
         optimizer: any torch.optim.Optimizer.
@@ -56,7 +64,8 @@ class EssLearningRate:
         ratio, scale: rho and the factor of the last step, 0-d tensors (None before the first).
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: naming the argument; for an optimizer without a rate of its own, such as an Adafactor with
+        relative_step=True. Warns of Rprop and ASGD, which do not take a step at that step's rate.
 
     >>> import torch, vcpo_kernels as vk
     >>> weight = torch.nn.Parameter(torch.zeros(1))
@@ -87,18 +96,21 @@ class EssLearningRate:
         self.scale: Tensor | None = None
         self._window = Window(optimizer)
         self._rates = GroupRates()
+        self._observed = torch.zeros(())  # how many observations the step has, over all ranks
         self._number: float | None = None  # scale, read at this step for rates that are floats
         self._stepping = False
         self._warned = False
         self._handles: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            # A compiled step calls them as they are: what they look at is no part of a graph.
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._after_step)),
         ]
         # Whoever else has a hook behind the step (a scheduler stepped there) finds the rate restored.
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._handles[-1].id, last=False)
         self._unwatch = watch_zero_grad(optimizer, self._window)
 
+    @torch._disable_dynamo  # as torch.optim does: torch.compiler.disable would import dynamo here
     def observe(self, output: Observable | EffectiveSampleSize | Tensor) -> None:
         """Count a micro-batch in the ESS of the next step. Once per micro-batch, before or after its backward pass.
 
@@ -145,28 +157,36 @@ class EssLearningRate:
         every = torch.stack(gathered)
         return merge_moments(every[:, :3]), every[:, 3].sum()
 
-    @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        if self._stepping and not self._window:
-            # An overridden step() calls super().step(), whose hooks run again; or a failed step is tried again.
-            if self._rates.scaled:
-                return None
-            self._scale()
-            return self._around_closure(args, kwargs)
-        self._rates.restore()
-        merged = self._merged(self._window.take())
-        if merged is None:
-            self._warn_unobserved()
+        # An overridden step() calls super().step(), whose hooks run again; or a failed step is tried again.
+        again = self._stepping and not self._window
+        if again and self._rates.scaled:
             return None
-        moments, observed = merged
+        if not again:
+            self._rates.restore()
+            with torch.no_grad():
+                merged = self._merged(self._window.take())
+                if merged is not None:
+                    self._set_scale(*merged)
+            if merged is None:
+                self._warn_unobserved()
+                return None
+            self._number, self._stepping = None, True
+        self._scale()
+        if (
+            self._number is not None
+            and self.process_group is not None
+            and not self._warned
+            and float(self._observed) == 0
+        ):
+            self._warn_unobserved()
+        return self._around_closure(args, kwargs)
+
+    def _set_scale(self, moments: Tensor, observed: Tensor) -> None:
         ratio = ess_from_moments(moments)[1]
         scale = torch.nan_to_num(ratio / self.reference, nan=0.0).clamp(max=1.0) ** self.exponent
         self.ratio, self.scale = ratio, torch.where(observed > 0, scale, 1.0)  # nobody observed: full rate
-        self._number, self._stepping = None, True
-        self._scale()
-        if self._number is not None and self.process_group is not None and not self._warned and float(observed) == 0:
-            self._warn_unobserved()
-        return self._around_closure(args, kwargs)
+        self._observed = observed
 
     def _scale(self) -> None:
         assert self.scale is not None
@@ -188,7 +208,6 @@ class EssLearningRate:
             return args, {**kwargs, "closure": closure}
         return (args[0], closure, *args[2:]), kwargs
 
-    @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.reset()  # a closure observed its batch too late for this step, and the next has its own
         self._window.settle()
@@ -216,7 +235,7 @@ def _check_optimizer(check: Check, optimizer: Any) -> None:
             "Pass the inner optimizer (often `.optimizer`)."
         )
     hooks = optimizer._optimizer_step_pre_hooks.values()
-    if any(isinstance(getattr(hook, "__self__", None), EssLearningRate) for hook in hooks):
+    if any(isinstance(getattr(inspect.unwrap(hook), "__self__", None), EssLearningRate) for hook in hooks):
         raise check.value_error("optimizer has an EssLearningRate already. Call remove() on that one first.")
     for i, group in enumerate(optimizer.param_groups):
         if not isinstance(group.get("lr"), (Tensor, int, float, numbers.Real)):
@@ -231,4 +250,4 @@ def _check_optimizer(check: Check, optimizer: Any) -> None:
             )
     for kind, why in INDIFFERENT.items():
         if isinstance(optimizer, kind):
-            warnings.warn(f"EssLearningRate: {kind.__name__} {why}.", UserWarning, stacklevel=4)
+            warnings.warn(f"EssLearningRate: {kind.__name__} {why}.", UserWarning, stacklevel=3)

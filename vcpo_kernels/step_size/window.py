@@ -123,9 +123,16 @@ class Window:
     def _accumulated(self, parameter: Tensor) -> None:
         if self._unseen:
             return
+        grad, before = parameter.grad, self._seen.get(id(parameter))
+        if grad is None:  # autograd came by with nothing, as in a backward for activation gradients only
+            if before is not None:
+                self._look()  # what is gone shows
+            return
+        if before is not None and not _differs(before, _state_of(grad)):
+            return
         self._unseen = True
         if self._seen and all(
-            p.grad is None or (p is parameter and _is_new(self._seen.get(id(p)), p.grad)) for p in self._parameters()
+            p.grad is None or (p is parameter and _is_new(before, p.grad)) for p in self._parameters()
         ):
             self._forget()  # there were gradients, and this one is the first again
         self._arrive()
@@ -143,6 +150,7 @@ class Window:
 
 
 def _hook(window: weakref.ref[Window]) -> Any:
+    @torch.compiler.disable
     @unserializable_hook  # a parameter is saved without it, and without a warning
     def accumulated(parameter: Tensor) -> None:
         if (alive := window()) is not None:
@@ -182,6 +190,7 @@ def watch_zero_grad(optimizer: torch.optim.Optimizer, window: Window) -> Callabl
     function: Callable[..., Any] = original.__func__ if bound else original  # type: ignore[attr-defined]
     watched = weakref.ref(window)
 
+    @torch.compiler.disable
     @functools.wraps(function)
     def zero_grad(*args: Any, **kwargs: Any) -> Any:
         alive = watched()
