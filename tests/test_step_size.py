@@ -308,8 +308,8 @@ def test_accumulated_micro_batches_survive_zero_grad_before_their_backward() -> 
 
 
 def test_log_weights_of_a_skipped_step_need_a_reset() -> None:
-    """They have no loss to watch: zero_grad() keeps them (observe may come first), reset() forgets them. As
-    documented.
+    """zero_grad() keeps them until a gradient arrives that is not theirs (observe may come first), reset() forgets
+    them.
     """
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)

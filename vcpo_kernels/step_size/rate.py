@@ -126,6 +126,7 @@ class EssLearningRate:
     def reset(self) -> None:
         """Forget everything observed since the last step, and restore the rate if a step failed half-way."""
         self._window.clear()
+        self._window.settle()
         self._rates.restore()
         self._stepping = False
 
@@ -210,7 +211,6 @@ class EssLearningRate:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.reset()  # a closure observed its batch too late for this step, and the next has its own
-        self._window.settle()
 
     def _warn_unobserved(self) -> None:
         if not self._warned:

@@ -166,7 +166,8 @@ def _remove(hooks: dict[int, RemovableHandle]) -> None:
 
 
 def _state_of(grad: Tensor) -> tuple[weakref.ref[Tensor], int]:
-    local = getattr(grad, "_local_tensor", grad)  # FSDP2 accumulates into what a DTensor wraps
+    # FSDP2 accumulates into what a DTensor wraps.
+    local = grad if type(grad) is Tensor else getattr(grad, "_local_tensor", grad)
     return weakref.ref(grad), 0 if local.is_inference() else local._version
 
 
