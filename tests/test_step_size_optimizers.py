@@ -66,17 +66,23 @@ def test_zero_grad_that_somebody_else_replaced_before() -> None:
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, Whole])
-def test_a_copy_clears_its_own_gradients(make: Any) -> None:
+def test_a_copy_clears_and_takes_its_own_gradients(make: Any) -> None:
     params = parameters()
     optimizer = make(params, lr=1.0)
-    vk.EssLearningRate(optimizer)
+    rate = vk.EssLearningRate(optimizer)
+    rate.observe(QUARTER)
     fill_gradients(params, 0)
     other = copy.deepcopy(optimizer)
     mine = other.param_groups[0]["params"]
     fill_gradients(mine, 1)
     other.zero_grad()
     assert [p.grad for p in mine] == [None, None]
+    fill_gradients(mine, 1)
+    other.step()
     assert all(p.grad is not None for p in params)
+    assert rate.ratio is None
+    optimizer.step()
+    assert rate.ratio == 0.25
     if make is torch.optim.SGD:
         pickle.loads(pickle.dumps(optimizer)).zero_grad()
 

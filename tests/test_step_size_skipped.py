@@ -267,6 +267,20 @@ def test_what_happens_to_gradients_on_the_way_is_no_end_of_them(between: str) ->
     assert loop.rate.ratio == pytest.approx(25 / 5 / 8)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_one_parameter_tells_a_new_gradient_from_a_sum(create_graph: bool) -> None:
+    """Where no other parameter shows that gradients are still there; with a graph the sum is another tensor."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    rate = vk.EssLearningRate(optimizer)
+    for observed in (QUARTER, ALL):
+        rate.observe(observed)
+        weight.square().sum().backward(create_graph=create_graph)
+        rate.observe(torch.zeros(0))  # has it look at the gradient
+    optimizer.step()
+    assert rate.ratio == pytest.approx(25 / 5 / 8)
+
+
 @pytest.mark.parametrize("observes", ["ahead", "behind"])
 def test_saved_tensors_that_can_be_unpacked_once(observes: str) -> None:
     """Activation offloading and checkpoints count what they hand out: observing must not ask for any of it."""

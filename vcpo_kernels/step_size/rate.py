@@ -159,6 +159,8 @@ class EssLearningRate:
         return merge_moments(every[:, :3]), every[:, 3].sum()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        if optimizer is not self.optimizer:
+            return None  # a copy that took the hooks along
         # An overridden step() calls super().step(), whose hooks run again; or a failed step is tried again.
         again = self._stepping and not self._window
         if again and self._rates.scaled:
@@ -210,7 +212,8 @@ class EssLearningRate:
         return (args[0], closure, *args[2:]), kwargs
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.reset()  # a closure observed its batch too late for this step, and the next has its own
+        if optimizer is self.optimizer:
+            self.reset()  # a closure observed its batch too late for this step, and the next has its own
 
     def _warn_unobserved(self) -> None:
         if not self._warned:

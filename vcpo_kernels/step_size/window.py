@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle, unserializable_hook
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(eq=False)
@@ -151,7 +151,6 @@ class Window:
 
 def _hook(window: weakref.ref[Window]) -> Any:
     @torch.compiler.disable
-    @unserializable_hook  # a parameter is saved without it, and without a warning
     def accumulated(parameter: Tensor) -> None:
         if (alive := window()) is not None:
             alive._accumulated(parameter)
