@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.step_size_batches import HALF, INF, QUARTER
+from tests.step_size.batches import HALF, INF, QUARTER
 from vcpo_kernels import objectives
 
 IDS = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 1, 0], [0, 2, 2]])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import vcpo_kernels as vk
-from tests.step_size_batches import QUARTER, Plain, fill_gradients, lr_of, put, value
+from tests.step_size.batches import QUARTER, Plain, fill_gradients, lr_of, put, value
 
 # --- rates that others set during a step ------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import vcpo_kernels as vk
 from tests.sequences.brute_force import ess_ratio
-from tests.step_size_batches import HALF, NAN, QUARTER, fill_gradients, loss_of, parameters
+from tests.step_size.batches import HALF, NAN, QUARTER, fill_gradients, loss_of, parameters
 
 # --- closures -----------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from tests.step_size_batches import QUARTER, Plain, fill_gradients, parameters, put, value
+from tests.step_size.batches import QUARTER, Plain, fill_gradients, parameters, put, value
 
 # --- methods that are replaced ----------------------------------------------------------------------------------------
 
