@@ -8,6 +8,7 @@ norms are taken from those (`norms.py`), the baseline and c from the norms, and 
 from __future__ import annotations
 
 import contextlib
+import math
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +19,11 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred as _deferred
 from vcpo_kernels.parallel.averaging import average_gradients
+from vcpo_kernels.rows.token_stats import logits_kept
+from vcpo_kernels.sequence_gradients import ownership
 from vcpo_kernels.sequence_gradients.capture import Capture
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product
+from vcpo_kernels.sequence_gradients.graph import Graph, graph_of
 from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
 from vcpo_kernels.sequence_gradients.module_rules import Rule, rule_of
 from vcpo_kernels.sequence_gradients.norms import squared_norms
@@ -36,8 +40,8 @@ class SequenceGradients:
     Costs the GEMMs of a plain step and the norms'. Kept until `accumulate_`: every captured module's output gradient, beside
     the inputs that a plain forward keeps too. No buffer of the parameters' size, whatever B is.
 
-    Exact where a row of activations depends on its own sequence alone: padded and packed batches of causal LMs, without
-    batch statistics. Handles Linear, Embedding, LayerNorm, RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA
+    Exact where a row of activations matters to its own sequence alone: padded and packed batches of causal LMs, without
+    batch statistics. A probe sees to that (`check`), and what is not so is an error. Handles Linear, Embedding, LayerNorm, RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA
     makes of them, tied weights, `linear_token_stats` on the model's head (so `patch_head` too), activation checkpointing,
     autocast, and DistributedDataParallel, whose gradients are averaged once, by `accumulate_`. A fused head wants the
     hidden states whole (`shift=True`), so that its rows are the batch's.
@@ -57,18 +61,24 @@ class SequenceGradients:
 
     Args:
         model: the module that is called inside the context; its parameters that require gradients are all treated.
+        check: when `backward` runs the probe, which is one more backward of activation gradients (two past 32 sequences, which
+            rows keep apart by their digits): 1.3 of a step. "auto": once for a model and what its forward does, and
+            each time where data decides where rows go (packed and indexed batches, indexing and sorting in the model, Functions
+            that torch does not know). "always". "never": shapes are believed.
 
     Raises:
         TypeError: model is no module, is compiled, or its parameters are sharded.
         ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, check: str = "auto") -> None:
         if not isinstance(model, nn.Module):
             raise CHECK.type_error(f"model must be an nn.Module, got {checks.describe(model)}.")
         self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self._model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         _check_eager_and_whole(self._model)
+        CHECK.choice("check", check, ownership.CHECKS)
+        self._check = check
         self._names = {p: name for name, p in self._model.named_parameters() if p.requires_grad}
         self._rules = _rules(self._model)
         self._exits, self._averages = contextlib.ExitStack(), False
@@ -78,6 +88,7 @@ class SequenceGradients:
         self._batch_shape: tuple[int, ...] | None = None
         self._owners: RowOwners | None = None
         self._gradients: dict[Tensor, ParameterGradient] = {}
+        self._probe: ownership.Probe | None = None
         self._batches: list[tuple[int, dict[Tensor, ParameterGradient]]] = []
 
     # --- the context -------------------------------------------------------------------------------------------------
@@ -122,8 +133,9 @@ class SequenceGradients:
                 the mask is not.
 
         Raises:
-            TypeError, ValueError: naming the argument. RuntimeError: a module whose rows cannot be told apart by sequence,
-            tokens of no sequence that take a gradient, or a parameter that was used outside its own module's forward.
+            TypeError, ValueError: naming the argument. RuntimeError: a module whose rows cannot be told apart by sequence, or
+            carry gradients of other sequences' scalars, tokens of no sequence that take a gradient, or a parameter that
+            was used outside its own module's forward, or outside the model.
         """
         check = Check(f"{WHERE}.backward")
         self._check_active(check)
@@ -135,12 +147,23 @@ class SequenceGradients:
             raise check.value_error(
                 "per_sequence has no gradient: it must come from a forward inside the context, under grad mode."
             )
+        graph = graph_of(per_sequence, max(segments.num_sequences, 1))
+        self._check_leaves(check, graph)
         self._owners, self._gradients = RowOwners(segments), {}
+        key = ownership.key_of(graph, self._owners)
         try:
+            if ownership.is_needed(self._check, self._model, key, segments.num_sequences):
+                self._probe = ownership.Probe.of(graph, per_sequence)
+                with logits_kept(), graph.leaves_untouched():
+                    for weights in self._probe.rounds():
+                        per_sequence.backward(weights, retain_graph=True)
             per_sequence.sum().backward()
+            if self._probe is not None:
+                _refuse_mixed(check, self._probe.verdict())
+                ownership.remember(self._model, key)
             self._batches.append((segments.num_sequences, self._gradients))
         finally:
-            self._owners, self._gradients = None, {}
+            self._owners, self._gradients, self._probe = None, {}, None
 
     @torch.no_grad()
     def squared_norms(self) -> Tensor:
@@ -208,15 +231,24 @@ class SequenceGradients:
         return outputs
 
     def _record(self, capture: Capture, x: Tensor, grad: Tensor) -> None:
-        owners = self._owners_now(capture.name)
+        owners, site = self._owners_now(capture.name), capture.name or type(capture.module).__name__
         with torch.no_grad():
+            if self._probe is not None:
+                self._probe.see(site, owners, grad)
+                if self._probe.weighs:
+                    return
             into = {name: self._gradient_of(capture.module._parameters[name]) for name in capture.deferred}  # type: ignore[arg-type]
-            capture.rule.record(capture.module, capture.name or type(capture.module).__name__, owners, x, grad, into)
+            capture.rule.record(capture.module, site, owners, x, grad, into)
 
     def _record_head(self, parameters: tuple[Tensor, Tensor | None], lead: tuple[int, ...], use: HeadUse) -> None:
         site = "linear_token_stats (of hidden states whole, with shift=True)"
         owners = self._owners_now(site)
         owners.rows_per_token(site, lead)
+        if self._probe is not None:
+            whole = use.upstream.new_zeros(math.prod(lead), use.upstream.shape[1]).index_copy_(0, use.positions, use.upstream)
+            self._probe.see(site, owners, whole.view(*lead, -1))
+            if self._probe.weighs:
+                return
         permutation, spans = owners.sort_by_sequence(use.positions)
         owned = int(spans.offsets[-1])
         if owned < len(permutation):
@@ -255,6 +287,15 @@ class SequenceGradients:
             )
         return self._owners
 
+    def _check_leaves(self, check: Check, graph: Graph) -> None:
+        for leaf in graph.leaves:
+            if isinstance(leaf, nn.Parameter) and leaf not in self._names:
+                raise check.runtime_error(
+                    f"per_sequence depends on a parameter of shape {tuple(leaf.shape)} that is not the model's (a value head, a "
+                    "module around it): its gradient would be summed without coefficients. Pass the module that holds all "
+                    "of them to SequenceGradients, or freeze it (requires_grad_(False))."
+                )
+
     def _check_active(self, check: Check) -> None:
         if self not in _deferred.active:
             raise check.runtime_error("call it inside `with SequenceGradients(model) as grads:`.")
@@ -263,6 +304,19 @@ class SequenceGradients:
         self._check_active(check)
         if not self._batches:
             raise check.runtime_error("no batch to work on. Call grads.backward(per_sequence, segments) first.")
+
+
+def _refuse_mixed(check: Check, found: list[tuple[str, int, float]]) -> None:
+    if found:
+        site, sequence, error = found[0]
+        others = f", and {len(found) - 1} more modules" if len(found) > 1 else ""
+        raise check.runtime_error(
+            f"in the output gradient of {site}{others}, the rows of sequence {sequence} do not carry per_sequence[{sequence}]'s "
+            f"gradient alone (off by {error:.0%}). Either per_sequence[i] depends on other sequences' tokens (a mean over the "
+            "batch, a token predicted across a boundary of packed sequences), or the model reorders or mixes rows inside: "
+            "time-major or sorted activations, batch statistics, attention from one sequence to another. Keep them in the "
+            "batch's order and apart, or use OPOBAccumulator, one sequence at a time."
+        )
 
 
 def _add(parameter: Tensor, gradient: ParameterGradient, coefficients: Tensor) -> None:
