@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vcpo_kernels.sequence_gradients.module_rules import CONV1D, EMBEDDING, LINEAR, Rule
 
@@ -33,6 +34,7 @@ class _Identity(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         if grad is not None:
@@ -61,6 +63,11 @@ class Capture:
 
     def _swap(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"SequenceGradients: {self.name} is called inside torch.compile, where no module can be captured. Call the "
+                    "model uncompiled inside the context, or use OPOBAccumulator."
+                )
             self._swapped = {name: module._parameters[name] for name in self.deferred}
             for name, parameter in self._swapped.items():
                 module._parameters[name] = parameter.detach()  # type: ignore[union-attr, assignment]
@@ -70,9 +77,14 @@ class Capture:
         if own is None:
             return output
         module._parameters.update(own)
-        if not isinstance(output, Tensor):  # the forward raised
+        if output is None:  # the forward raised
             return output
-        x = args[0] if args else next(iter(kwargs.values()))
+        x, *others = (*args, *kwargs.values())
+        if others or not isinstance(output, Tensor):
+            raise RuntimeError(
+                f"SequenceGradients: {self.name} ({type(module).__name__}) was called with more than its input, or returned "
+                "more than its output: no rule says what its parameters' gradients are. Freeze them, or use OPOBAccumulator."
+            )
         output, x = self._own_row_each(output, x)
         if self.rule in (LINEAR, CONV1D) and x.dtype != output.dtype:
             x = x.to(output.dtype)  # under autocast, what a plain backward would keep

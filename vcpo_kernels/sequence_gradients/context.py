@@ -25,7 +25,7 @@ from vcpo_kernels.sequence_gradients.capture import Capture
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product
 from vcpo_kernels.sequence_gradients.graph import Graph, graph_of
 from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
-from vcpo_kernels.sequence_gradients.module_rules import Rule, rule_of
+from vcpo_kernels.sequence_gradients.model_checks import check_hooks, check_model, rules_of
 from vcpo_kernels.sequence_gradients.norms import squared_norms
 from vcpo_kernels.sequence_gradients.row_owners import RowOwners
 from vcpo_kernels.sequences.segments import Segments, check_segments
@@ -67,7 +67,7 @@ class SequenceGradients:
             that torch does not know). "always". "never": shapes are believed.
 
     Raises:
-        TypeError: model is no module, is compiled, or its parameters are sharded.
+        TypeError: model is no module, is compiled, or its parameters are sharded or replicated by a module inside.
         ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any model.
     """
 
@@ -76,11 +76,11 @@ class SequenceGradients:
             raise CHECK.type_error(f"model must be an nn.Module, got {checks.describe(model)}.")
         self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self._model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        _check_eager_and_whole(self._model)
+        check_model(CHECK, self._model)
         CHECK.choice("check", check, ownership.CHECKS)
         self._check = check
         self._names = {p: name for name, p in self._model.named_parameters() if p.requires_grad}
-        self._rules = _rules(self._model)
+        self._rules = rules_of(CHECK, self._model)
         self._exits, self._averages = contextlib.ExitStack(), False
         self._reset()
 
@@ -98,6 +98,7 @@ class SequenceGradients:
             raise RuntimeError(f"{WHERE}: this context is entered already.")
         if any(other.defers(p) for other in _deferred.active for p in self._names):
             raise RuntimeError(f"{WHERE}: another SequenceGradients of the same parameters is active. Leave it first.")
+        check_hooks(CHECK, self._names)
         with contextlib.ExitStack() as exits:
             self._averages = self._ddp is not None and bool(self._ddp.require_backward_grad_sync)
             if self._ddp is not None:
@@ -159,7 +160,7 @@ class SequenceGradients:
                         per_sequence.backward(weights, retain_graph=True)
             per_sequence.sum().backward()
             if self._probe is not None:
-                _refuse_mixed(check, self._probe.verdict())
+                _refuse_mixed(check, self._probe.verdict(), torch.float16 in graph.dtypes)
                 ownership.remember(self._model, key)
             self._batches.append((segments.num_sequences, self._gradients))
         finally:
@@ -306,16 +307,17 @@ class SequenceGradients:
             raise check.runtime_error("no batch to work on. Call grads.backward(per_sequence, segments) first.")
 
 
-def _refuse_mixed(check: Check, found: list[tuple[str, int, float]]) -> None:
+def _refuse_mixed(check: Check, found: list[tuple[str, int, float]], half: bool) -> None:
     if found:
         site, sequence, error = found[0]
+        lost = " Or its fp16 gradients underflow: use bfloat16, or scale per_sequence up." if half else ""
         others = f", and {len(found) - 1} more modules" if len(found) > 1 else ""
         raise check.runtime_error(
             f"in the output gradient of {site}{others}, the rows of sequence {sequence} do not carry per_sequence[{sequence}]'s "
             f"gradient alone (off by {error:.0%}). Either per_sequence[i] depends on other sequences' tokens (a mean over the "
             "batch, a token predicted across a boundary of packed sequences), or the model reorders or mixes rows inside: "
             "time-major or sorted activations, batch statistics, attention from one sequence to another. Keep them in the "
-            "batch's order and apart, or use OPOBAccumulator, one sequence at a time."
+            "batch's order and apart, or use OPOBAccumulator, one sequence at a time." + lost
         )
 
 
@@ -325,42 +327,3 @@ def _add(parameter: Tensor, gradient: ParameterGradient, coefficients: Tensor) -
         parameter.grad = torch.empty_like(parameter)
     assert parameter.grad is not None
     gradient.add_to(parameter.grad, coefficients.to(parameter.device), fresh)
-
-
-def _check_eager_and_whole(model: nn.Module) -> None:
-    compiled = type(model).__name__ == "OptimizedModule" or any(
-        getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
-    )
-    if compiled:
-        raise CHECK.type_error(
-            f"{type(model).__name__} is compiled, and a compiled graph has no modules to capture. Pass the model before "
-            "torch.compile, or use OPOBAccumulator."
-        )
-    for name, p in model.named_parameters():
-        if hasattr(p, "full_tensor") or type(p).__name__ == "FlatParameter":
-            raise CHECK.type_error(
-                f"parameter {name!r} is sharded ({type(p).__name__}); whole parameters are needed. "
-                "Use DistributedDataParallel, or OPOBAccumulator."
-            )
-
-
-def _rules(model: nn.Module) -> list[tuple[nn.Module, str, Rule, tuple[str, ...]]]:
-    """Each module with trainable parameters of its own: module, name, rule, names of those parameters."""
-    found, problems = [], []
-    for name, module in model.named_modules():
-        own = tuple(n for n, p in module._parameters.items() if p is not None and p.requires_grad)
-        if not own:
-            continue
-        rule = rule_of(module)
-        if isinstance(rule, str):
-            problems.append(f"  {name or '(the model itself)'} ({type(module).__name__}; {', '.join(own)}): {rule}")
-        else:
-            found.append((module, name, rule, own))
-    if problems:
-        raise CHECK.value_error(
-            "no exact per-sequence gradients for these modules:\n" + "\n".join(problems) + "\n"
-            "Freeze their parameters (requires_grad_(False)), or use OPOBAccumulator, which takes any model."
-        )
-    if not found:
-        raise CHECK.value_error(f"{type(model).__name__} has no parameter that requires a gradient.")
-    return found

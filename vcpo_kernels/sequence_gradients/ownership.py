@@ -50,12 +50,12 @@ def remember(model: nn.Module, key: tuple[int, bool] | None) -> None:
         _seen_right.setdefault(model, set()).add(key)
 
 
-def weightings(batch: int, levels: int) -> list[Tensor]:
-    """u [B] of each round, in 2^-(levels - 1) .. 1: any two sequences differ in one round (the digits of their numbers)."""
+def weightings(batch: int, exponents: range) -> list[Tensor]:
+    """u [B] of each round, 2 to one of `exponents`: any two sequences differ in one round (the digits of their numbers)."""
     rounds, digits = [], torch.arange(batch)
     while not rounds or bool(digits.any()):
-        rounds.append(torch.exp2(-(digits % levels).double()))
-        digits = digits // levels
+        rounds.append(torch.exp2((exponents.start + digits % len(exponents) * exponents.step).double()))
+        digits = digits // len(exponents)
     return rounds
 
 
@@ -75,9 +75,9 @@ class Probe:
 
     @staticmethod
     def of(graph: Graph, like: Tensor) -> Probe:
-        """like: per_sequence. fp16 has few powers of two between what underflows and what does not."""
-        levels = 4 if torch.float16 in graph.dtypes else 32
-        weights = [u.to(like) for u in weightings(len(like), levels)]
+        """like: per_sequence. Down is safe but in fp16, which has no digits to spare below: there up, and not far."""
+        exponents = range(4) if torch.float16 in graph.dtypes else range(0, -32, -1)
+        weights = [u.to(like) for u in weightings(len(like), exponents)]
         return Probe(weights, max(torch.finfo(d).eps for d in graph.dtypes if d.is_floating_point))
 
     @property
@@ -108,7 +108,7 @@ class Probe:
     def verdict(self) -> list[tuple[str, int, float]]:
         """Sites whose rows carry other sequences' gradients, from the loss on: name, the worst sequence, its relative error.
 
-        Reads the device once. NaN says nothing: it shows in the norms by itself.
+        Reads the device once. What is not finite says nothing: where ones gave it, it shows in the norms by itself.
         """
         sites = [(site, *pair) for site, pairs in self._found.items() for pair in pairs]
         if not sites:
@@ -117,20 +117,21 @@ class Probe:
         off, size = (torch.stack([s[k].to(device, torch.float64) for s in sites]) for k in (1, 2))
         tolerance, noise = self._tolerances(device)
         bound = tolerance**2 * size + noise**2 * size.amax(0)
-        bad = (off > bound).any(1)
+        bad = ((off > bound) & off.isfinite()).any(1)
         if not bool(bad.any()):
             return []
-        excess = (off / size.clamp(min=torch.finfo(torch.float64).tiny)).nan_to_num(0.0).sqrt()
-        worst, which = excess.max(1)
+        error = (off / torch.maximum(off, size)).nan_to_num(0.0).sqrt()
+        worst, which = error.max(1)
         return [(sites[k][0], int(which[k]), float(worst[k])) for k in bad.nonzero()[:, 0].tolist()]
 
     def _tolerances(self, device: torch.device) -> tuple[float, float]:
         """Relative to a site's gradient, and to the sequence's largest at any site (where sums cancel, noise is all there is).
 
-        A CPU adds in one order. A GPU's atomic additions do not: one rounding a layer, and never more than half the digits.
+        A CPU adds in one order, so that only what fp16 loses below its range differs. A GPU's atomic additions have no order:
+        a rounding a layer, and never more than half the digits.
         """
-        if device.type == "cpu":
-            return min(16 * self.epsilon, self.epsilon**0.5), 0.0
+        if device.type == "cpu" and self.epsilon != torch.finfo(torch.float16).eps:
+            return min(4 * self.epsilon, self.epsilon**0.5), 0.0
         return min(1024 * self.epsilon, self.epsilon**0.5), self.epsilon
 
 
