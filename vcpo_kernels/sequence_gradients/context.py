@@ -19,7 +19,6 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred as _deferred
 from vcpo_kernels.parallel.averaging import average_gradients
-from vcpo_kernels.rows.token_stats import logits_kept
 from vcpo_kernels.sequence_gradients import ownership
 from vcpo_kernels.sequence_gradients.capture import Capture
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product
@@ -41,10 +40,11 @@ class SequenceGradients:
     the inputs that a plain forward keeps too. No buffer of the parameters' size, whatever B is.
 
     Exact where a row of activations matters to its own sequence alone: padded and packed batches of causal LMs, without
-    batch statistics. A probe sees to that (`check`), and what is not so is an error. Handles Linear, Embedding, LayerNorm, RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA
-    makes of them, tied weights, `linear_token_stats` on the model's head (so `patch_head` too), activation checkpointing,
-    autocast, and DistributedDataParallel, whose gradients are averaged once, by `accumulate_`. A fused head wants the
-    hidden states whole (`shift=True`), so that its rows are the batch's.
+    batch statistics. A probe sees to that (`check`), and what is not so is an error. Handles Linear, Embedding, LayerNorm,
+    RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA makes of them, tied weights, `linear_token_stats` on the
+    model's head (so `patch_head` too), activation checkpointing, autocast, and DistributedDataParallel, whose gradients are
+    averaged once, by `accumulate_`. A fused head wants the hidden states whole (`shift=True`), so that its rows are the
+    batch's.
 
     >>> import torch, vcpo_kernels as vk
     >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
@@ -98,6 +98,10 @@ class SequenceGradients:
             raise RuntimeError(f"{WHERE}: this context is entered already.")
         if any(other.defers(p) for other in _deferred.active for p in self._names):
             raise RuntimeError(f"{WHERE}: another SequenceGradients of the same parameters is active. Leave it first.")
+        if {p for p in self._model.parameters() if p.requires_grad} != set(self._names):
+            raise RuntimeError(
+                f"{WHERE}: since it was made, parameters of the model were frozen, unfrozen or replaced. Make a new one."
+            )
         check_hooks(CHECK, self._names)
         with contextlib.ExitStack() as exits:
             self._averages = self._ddp is not None and bool(self._ddp.require_backward_grad_sync)
@@ -155,12 +159,10 @@ class SequenceGradients:
         try:
             if ownership.is_needed(self._check, self._model, key, segments.num_sequences):
                 self._probe = ownership.Probe.of(graph, per_sequence)
-                with logits_kept(), graph.leaves_untouched():
-                    for weights in self._probe.rounds():
-                        per_sequence.backward(weights, retain_graph=True)
+                self._probe.run_rounds(check, per_sequence, graph)
             per_sequence.sum().backward()
             if self._probe is not None:
-                _refuse_mixed(check, self._probe.verdict(), torch.float16 in graph.dtypes)
+                self._probe.raise_if_mixed(check)
                 ownership.remember(self._model, key)
             self._batches.append((segments.num_sequences, self._gradients))
         finally:
@@ -246,8 +248,8 @@ class SequenceGradients:
         owners = self._owners_now(site)
         owners.rows_per_token(site, lead)
         if self._probe is not None:
-            whole = use.upstream.new_zeros(math.prod(lead), use.upstream.shape[1]).index_copy_(0, use.positions, use.upstream)
-            self._probe.see(site, owners, whole.view(*lead, -1))
+            rows = use.upstream.new_zeros(math.prod(lead), use.upstream.shape[1])
+            self._probe.see(site, owners, rows.index_copy_(0, use.positions, use.upstream).view(*lead, -1))
             if self._probe.weighs:
                 return
         permutation, spans = owners.sort_by_sequence(use.positions)
@@ -292,9 +294,9 @@ class SequenceGradients:
         for leaf in graph.leaves:
             if isinstance(leaf, nn.Parameter) and leaf not in self._names:
                 raise check.runtime_error(
-                    f"per_sequence depends on a parameter of shape {tuple(leaf.shape)} that is not the model's (a value head, a "
-                    "module around it): its gradient would be summed without coefficients. Pass the module that holds all "
-                    "of them to SequenceGradients, or freeze it (requires_grad_(False))."
+                    f"per_sequence depends on a parameter of shape {tuple(leaf.shape)} that is not the model's "
+                    "(a value head, a module around it): its gradient would be summed without coefficients. Pass the module "
+                    "that holds all of them to SequenceGradients, or freeze it (requires_grad_(False))."
                 )
 
     def _check_active(self, check: Check) -> None:
@@ -305,20 +307,6 @@ class SequenceGradients:
         self._check_active(check)
         if not self._batches:
             raise check.runtime_error("no batch to work on. Call grads.backward(per_sequence, segments) first.")
-
-
-def _refuse_mixed(check: Check, found: list[tuple[str, int, float]], half: bool) -> None:
-    if found:
-        site, sequence, error = found[0]
-        lost = " Or its fp16 gradients underflow: use bfloat16, or scale per_sequence up." if half else ""
-        others = f", and {len(found) - 1} more modules" if len(found) > 1 else ""
-        raise check.runtime_error(
-            f"in the output gradient of {site}{others}, the rows of sequence {sequence} do not carry per_sequence[{sequence}]'s "
-            f"gradient alone (off by {error:.0%}). Either per_sequence[i] depends on other sequences' tokens (a mean over the "
-            "batch, a token predicted across a boundary of packed sequences), or the model reorders or mixes rows inside: "
-            "time-major or sorted activations, batch statistics, attention from one sequence to another. Keep them in the "
-            "batch's order and apart, or use OPOBAccumulator, one sequence at a time." + lost
-        )
 
 
 def _add(parameter: Tensor, gradient: ParameterGradient, coefficients: Tensor) -> None:

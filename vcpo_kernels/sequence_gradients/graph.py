@@ -15,16 +15,14 @@ from torch import Tensor
 
 # Ops whose rows go where the code says, whatever the tensors hold. Indexing, sorting, scattering and anything unknown
 # (a Function of Python's, a new op) are absent: for them one backward says nothing about the next.
-_FIXED = frozenset(
-    """
+_FIXED = """
     Abs Add Addmm Alias Baddbmm Bmm Cat Clamp ClampMax ClampMin Clone Cos Div Elu Erf Exp Expand Expm1 FusedRmsNorm Gelu Glu
     Hardswish LeakyRelu Linear Log Log1P LogSigmoid LogSoftmax Logsumexp MaskedFill Mean Mish Mm Mul NativeDropout
     NativeLayerNorm Neg Permute Pow Reciprocal Relu Repeat ReshapeAlias Rsqrt Rsub ScaledDotProductCudnnAttention
-    ScaledDotProductEfficientAttention ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu Select Sigmoid
-    Silu Sin Slice Softmax Softplus Split SplitWithSizes Sqrt Squeeze Stack Sub Sum T Tanh ToCopy Transpose Tril Triu Unbind
+    ScaledDotProductEfficientAttention ScaledDotProductFlashAttention ScaledDotProductFlashAttentionForCpu Select Sigmoid Silu
+    Sin Slice Softmax Softplus Split SplitWithSizes Sqrt Squeeze Stack Sub Sum T Tanh ToCopy Transpose Tril Triu Unbind
     UnsafeSplit UnsafeView Unsqueeze Var View Where
-    """.split()
-)
+"""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ def _is_fixed(node: Any) -> bool:
             function.__module__.startswith("vcpo_kernels.")
             or function.__name__.startswith("GeneratedBackwardFor_vcpo_kernels_")
         )
-    return node.name().rstrip("0123456789").removesuffix("Backward") in _FIXED
+    return node.name().rstrip("0123456789").removesuffix("Backward") in _FIXED.split()
 
 
 def _leads_with(shape: Any, batch: int) -> bool:

@@ -9,13 +9,15 @@ and add nothing to any norm.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import no_autocast
+from vcpo_kernels.rows.token_stats import logits_kept
 from vcpo_kernels.sequence_gradients.graph import Graph
 from vcpo_kernels.sequence_gradients.row_owners import RowOwners
 
@@ -26,7 +28,7 @@ _seen_right: weakref.WeakKeyDictionary[nn.Module, set[tuple[int, bool]]] = weakr
 
 
 def key_of(graph: Graph, owners: RowOwners) -> tuple[int, bool] | None:
-    """What one probe speaks for: graphs alike, of padded batches in which the code alone decides where rows go. None: for itself.
+    """What one probe speaks for: graphs alike, of padded batches where the code alone decides where rows go. None: itself.
 
     In packed and indexed batches data keeps sequences apart: a mask of the attention, position ids, cu_seqlens.
     """
@@ -52,11 +54,23 @@ def remember(model: nn.Module, key: tuple[int, bool] | None) -> None:
 
 def weightings(batch: int, exponents: range) -> list[Tensor]:
     """u [B] of each round, 2 to one of `exponents`: any two sequences differ in one round (the digits of their numbers)."""
-    rounds, digits = [], torch.arange(batch)
+    rounds: list[Tensor] = []
+    digits = torch.arange(batch)
     while not rounds or bool(digits.any()):
         rounds.append(torch.exp2((exponents.start + digits % len(exponents) * exponents.step).double()))
         digits = digits // len(exponents)
     return rounds
+
+
+class _Site(NamedTuple):
+    """Of one call of a module, each [B]: the sequence's worst row relative to its scale, its largest difference, its mean row.
+
+    Squared. A row's scale is its own gradient's size and the sequence's mean: where sums cancel, noise is all there is.
+    """
+
+    excess: Tensor
+    off: Tensor
+    mean: Tensor
 
 
 @dataclass
@@ -67,8 +81,7 @@ class Probe:
     epsilon: float  # of the coarsest dtype that carries a gradient
     _round: int | None = None  # None: the backward from ones
     _rows: list[dict[str, list[Tensor]]] = field(init=False)
-    _next: dict[str, int] = field(default_factory=dict)
-    _found: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # by site: off, size, each [B]
+    _found: dict[str, list[_Site]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._rows = [{} for _ in self.weights]
@@ -85,11 +98,21 @@ class Probe:
         """Whether a round is running: nothing but the probe is to look at its gradients."""
         return self._round is not None
 
-    def rounds(self) -> Iterator[Tensor]:
-        """What to start each round's backward from. The backward from ones comes after the last."""
-        for k, u in enumerate(self.weights):
-            self._round = k
-            yield u
+    def run_rounds(self, check: Check, per_sequence: Tensor, graph: Graph) -> None:
+        """The backwards before the one from ones."""
+        with logits_kept(), graph.leaves_untouched():
+            for k, u in enumerate(self.weights):
+                self._round = k
+                try:
+                    per_sequence.backward(u, retain_graph=True)
+                except RuntimeError as error:
+                    if "donated buffer" not in str(error):
+                        raise
+                    raise check.runtime_error(
+                        "a compiled function behind per_sequence frees what a second backward needs, and the probe is one. "
+                        "Call it uncompiled, set torch._functorch.config.donated_buffer = False before it is compiled, or, "
+                        "where rows are known to be in the batch's order, make SequenceGradients(model, check='never')."
+                    ) from error
         self._round = None
 
     def see(self, site: str, owners: RowOwners, grad: Tensor) -> None:
@@ -100,39 +123,57 @@ class Probe:
             u = self.weights[self._round].to(rows)
             self._rows[self._round].setdefault(site, []).append(rows / u[spans.owners()][:, None])
             return
-        k = self._next[site] = self._next.get(site, -1) + 1
-        size = spans.sums(rows.square()).sum(1)
-        off = torch.stack([spans.sums((of[site][k] - rows).square()).sum(1) for of in self._rows])
-        self._found.setdefault(site, []).append((off.amax(0), size))
+        calls = self._found.setdefault(site, [])
+        differences = torch.stack([of[site][len(calls)] - rows for of in self._rows])
+        off = torch.where(differences.isfinite(), differences, 0.0).square().sum(2).amax(0)
+        size = rows.square().sum(1)
+        mean = spans.sums(size[:, None])[:, 0] / torch.diff(spans.offsets).clamp(min=1)
+        excess = (off / (size + mean[spans.owners()])).nan_to_num(0.0)
+        calls.append(_Site(spans.largest(excess), spans.largest(off), mean))
+
+    def raise_if_mixed(self, check: Check) -> None:
+        """RuntimeError where rows carry other sequences' gradients."""
+        found = self.verdict()
+        if not found:
+            return
+        site, sequence, error = found[0]
+        others = f" (and of {len(found) - 1} more modules)" if len(found) > 1 else ""
+        half = self.epsilon == torch.finfo(torch.float16).eps
+        lost = " Or its fp16 gradients underflow: use bfloat16, or scale per_sequence up." if half else ""
+        raise check.runtime_error(
+            f"in the output gradient of {site}{others}, the rows of sequence {sequence} do not carry the gradient of "
+            f"per_sequence[{sequence}] alone (off by {error:.1%}). Either per_sequence[i] depends on other sequences' tokens "
+            "(a mean over the batch, a token predicted across a boundary of packed sequences), or the model reorders or mixes "
+            "rows inside: time-major or sorted activations, batch statistics, attention from one sequence to another. Keep "
+            "them in the batch's order and apart, or use OPOBAccumulator, one sequence at a time." + lost
+        )
 
     def verdict(self) -> list[tuple[str, int, float]]:
         """Sites whose rows carry other sequences' gradients, from the loss on: name, the worst sequence, its relative error.
 
         Reads the device once. What is not finite says nothing: where ones gave it, it shows in the norms by itself.
         """
-        sites = [(site, *pair) for site, pairs in self._found.items() for pair in pairs]
-        if not sites:
+        names = [name for name, calls in self._found.items() for _ in calls]
+        if not names:
             return []
         device = self.weights[0].device
-        off, size = (torch.stack([s[k].to(device, torch.float64) for s in sites]) for k in (1, 2))
+        calls = [call for calls in self._found.values() for call in calls]
+        excess, off, mean = (torch.stack([part.to(device) for part in parts]) for parts in zip(*calls, strict=True))
         tolerance, noise = self._tolerances(device)
-        bound = tolerance**2 * size + noise**2 * size.amax(0)
-        bad = ((off > bound) & off.isfinite()).any(1)
-        if not bool(bad.any()):
-            return []
-        error = (off / torch.maximum(off, size)).nan_to_num(0.0).sqrt()
-        worst, which = error.max(1)
-        return [(sites[k][0], int(which[k]), float(worst[k])) for k in bad.nonzero()[:, 0].tolist()]
+        bad = (excess > tolerance**2) & (off > noise**2 * mean.nan_to_num(0.0).amax(0))
+        worst, which = torch.where(bad, excess, 0.0).max(1)
+        found = zip(names, which.tolist(), worst.sqrt().clamp(max=1).tolist(), strict=True)
+        return [of_site for of_site in found if of_site[2]]
 
     def _tolerances(self, device: torch.device) -> tuple[float, float]:
-        """Relative to a site's gradient, and to the sequence's largest at any site (where sums cancel, noise is all there is).
+        """Relative to a row's scale, and to the sequence's mean row at any site.
 
-        A CPU adds in one order, so that only what fp16 loses below its range differs. A GPU's atomic additions have no order:
-        a rounding a layer, and never more than half the digits.
+        A CPU adds in one order: nothing is left to differ but what fp16 loses below its range. A GPU's atomic additions have
+        none, and each layer rounds once.
         """
         if device.type == "cpu" and self.epsilon != torch.finfo(torch.float16).eps:
-            return min(4 * self.epsilon, self.epsilon**0.5), 0.0
-        return min(1024 * self.epsilon, self.epsilon**0.5), self.epsilon
+            return min(64 * self.epsilon, 2.0**-6), 0.0
+        return min(1024 * self.epsilon, 2.0**-4), self.epsilon
 
 
 def _projected(grad: Tensor) -> Tensor:
