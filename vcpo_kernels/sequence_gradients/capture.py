@@ -13,9 +13,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from vcpo_kernels.sequence_gradients.module_rules import CONV1D, EMBEDDING, LINEAR, Rule
+
+
+def refuse_second_derivatives() -> None:
+    """Raise in a backward under create_graph=True: what a gradient takes from detached parameters would be missing from it.
+
+    torch's own once_differentiable raises only where the upstream gradient has a graph, and gives zeros elsewhere.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "SequenceGradients: there is no second derivative through the context (create_graph=True). Take gradients that "
+            "are to be differentiated again outside of it."
+        )
 
 
 class _Identity(torch.autograd.Function):
@@ -34,8 +45,8 @@ class _Identity(torch.autograd.Function):
         return output.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         (grad,) = grads
         if grad is not None:
             ctx.record(ctx.saved_tensors[0], grad)

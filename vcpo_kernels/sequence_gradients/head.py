@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vcpo_kernels.core.dtypes import no_autocast
 from vcpo_kernels.head import linear_token_stats
@@ -19,6 +18,7 @@ from vcpo_kernels.head.accumulate import gradients
 from vcpo_kernels.head.operands import HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import ByColumns, active_rows
 from vcpo_kernels.rows.statistics import RowStatistics
+from vcpo_kernels.sequence_gradients.capture import refuse_second_derivatives
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class DeferredHead(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         if grads[0] is None and grads[1] is None:
             return (None,) * (1 + ctx.count)
         *tensors, positions, kept = ctx.saved_tensors
