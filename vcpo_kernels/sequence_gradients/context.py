@@ -61,10 +61,11 @@ class SequenceGradients:
 
     Args:
         model: the module that is called inside the context; its parameters that require gradients are all treated.
-        check: when `backward` runs the probe, which is one more backward of activation gradients (two past 32 sequences, which
-            rows keep apart by their digits): 1.3 of a step. "auto": once for a model and what its forward does, and
-            each time where data decides where rows go (packed and indexed batches, indexing and sorting in the model, Functions
-            that torch does not know). "always". "never": shapes are believed.
+        check: when `backward` runs the probe: "auto", "always", or "never" (shapes are believed). It is one more backward of
+            activation gradients (two past 32 sequences) and costs a third of a step. "auto" runs it once for a model and the
+            graph of its forward, and each time where data decides whose rows are where: packed and indexed batches,
+            indexing and sorting in the model, losses over the whole batch, Functions that are not known (fused kernels of
+            other libraries, checkpointing with use_reentrant=True).
 
     Raises:
         TypeError: model is no module, is compiled, or its parameters are sharded or replicated by a module inside.
