@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,18 +143,23 @@ def test_partitioned_parameters() -> None:
 
 
 def test_a_forward_of_the_instances_own() -> None:
-    """Its class says Linear, and it is something else; accelerate's, which moves tensors only, is what it was."""
-    model, (ids, seg) = token_model(), batch()
-    own = model.up.forward
-    model.up.forward = lambda x: own(x) * 2
-    with pytest.raises(ValueError, match=r"up \(Linear; weight, bias\): its forward was replaced"):
-        vk.SequenceGradients(model)
-    model.up._hf_hook, model.up._old_forward = SimpleNamespace(), own
-    model.up.forward = functools.partial(lambda module, x: module._old_forward(x), model.up)
-    want = oracle(token_model(), lambda m: scalars(m, ids, seg), BATCH)
-    with vk.SequenceGradients(model) as grads:
-        grads.backward(scalars(model, ids, seg), seg)
-        assert_norms(grads.squared_norms(), want.norms)
+    """Its class says Linear, and it is something else: refused; one that computes the same, as libraries put in place: exact."""
+    ids, seg = batch()
+    for name in ("up", "table", "norm", "last"):
+        model = token_model()
+        module = model.get_submodule(name)
+        own = module.forward
+        module.forward = lambda x, own=own: own(x) * 1.01
+        with pytest.raises(ValueError, match=rf"{name} \(.*weight.*\): its forward was replaced by one"):
+            vk.SequenceGradients(model)
+        module.forward = lambda x, own=own: (own(x), x)
+        with pytest.raises(ValueError, match=r"its forward was replaced by one"):
+            vk.SequenceGradients(model)
+        module.forward = functools.partial(lambda own, x: own(x), own)  # accelerate's way
+        want = oracle(token_model(), lambda m: scalars(m, ids, seg), BATCH)
+        with vk.SequenceGradients(model) as grads:
+            grads.backward(scalars(model, ids, seg), seg)
+            assert_norms(grads.squared_norms(), want.norms)
 
 
 def test_hooks_on_a_parameters_gradient() -> None:

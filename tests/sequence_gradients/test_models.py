@@ -60,6 +60,21 @@ def test_hugging_face_models(name: str, head: str) -> None:
     check(model, from_logits if head == "logits" else fused, seg, exactly_as=from_logits)
 
 
+def test_a_head_patched_before() -> None:
+    """As a training loop has it that patches once: the head's own forward is away when the context is made."""
+    model = tiny_models.make("llama, tied")
+    ids, attention, mask = batch()
+    seg = vk.Segments.padded(mask)
+    want = oracle(
+        model,
+        lambda m: seg.sum(vk.token_stats(m(ids, attention_mask=attention).logits, ids, mask, shift=True).logp),
+        BATCH,
+    )
+    with vk.patch_head(model), vk.SequenceGradients(model) as grads:
+        grads.backward(seg.sum(model(ids, attention_mask=attention).token_stats(ids, mask).logp), seg)
+        assert_norms(grads.squared_norms(), want.norms)
+
+
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model = tiny_models.make("llama, tied")

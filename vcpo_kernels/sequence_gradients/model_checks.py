@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.sequence_gradients.module_rules import Rule, rule_of
+from vcpo_kernels.head.patch_head import PatchedHead
+from vcpo_kernels.sequence_gradients.module_rules import EMBEDDING, LINEAR, Rule, rule_of
 
 
 def check_model(check: Check, model: nn.Module) -> None:
@@ -55,7 +57,9 @@ def rules_of(check: Check, model: nn.Module) -> list[tuple[nn.Module, str, Rule,
         own = tuple(n for n, p in module._parameters.items() if p is not None and p.requires_grad)
         if not own:
             continue
-        rule = "its forward was replaced" if _is_patched(module) else rule_of(module)
+        rule = rule_of(module)
+        if isinstance(rule, Rule) and not _is_what_its_class_says(module, rule):
+            rule = "its forward was replaced by one that computes something else"
         if isinstance(rule, str):
             problems.append(f"  {name or '(the model itself)'} ({type(module).__name__}; {', '.join(own)}): {rule}")
         else:
@@ -80,8 +84,24 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-def _is_patched(module: nn.Module) -> bool:
-    """Whether a forward of the instance's own computes what its class does not say. accelerate's moves tensors alone."""
+@torch.no_grad()
+def _is_what_its_class_says(module: nn.Module, rule: Rule) -> bool:
+    """False where a forward of the instance's own computes something else: fused kernels and accelerate put one that does not.
+
+    A patched head's output takes no gradient; linear_token_stats has its weight's.
+    """
     forward = module.__dict__.get("forward")
-    old = getattr(module.__dict__.get("_old_forward"), "__func__", None)
-    return forward is not None and not (hasattr(module, "_hf_hook") and old is type(module).forward)
+    if forward is None or isinstance(getattr(forward, "__self__", None), PatchedHead):
+        return True
+    weight: Any = module._parameters["weight"]
+    if rule is EMBEDDING:
+        x = torch.arange(min(3, len(weight)), device=weight.device)
+    else:
+        width = weight.shape[1] if rule is LINEAR else weight.shape[0]
+        x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(weight)
+    tolerance = 8 * torch.finfo(weight.dtype).eps
+    try:
+        got, want = forward(x), type(module).forward(module, x)
+        return torch.allclose(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    except Exception:  # it wants another call, or returns another thing
+        return False
