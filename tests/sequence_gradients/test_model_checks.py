@@ -143,7 +143,7 @@ def test_partitioned_parameters() -> None:
 
 
 def test_a_forward_of_the_instances_own() -> None:
-    """Its class says Linear, and it is something else: refused; one that computes the same, as libraries put in place: exact."""
+    """Its class says Linear, and it is something else: refused; one that computes the same, as libraries do: exact."""
     ids, seg = batch()
     for name in ("up", "table", "norm", "last"):
         model = token_model()
