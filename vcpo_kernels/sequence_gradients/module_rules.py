@@ -53,8 +53,8 @@ def _embedding(module: nn.Module, site: str, owners: RowOwners, x: Tensor, grad:
     """y_t = W[x_t], times a scale where the module has one; padding_idx takes no gradient."""
     spans, (g, ids) = owners.by_sequence(site, grad, x.unsqueeze(-1))
     ids = ids[:, 0].to(torch.int64)
-    scale = getattr(module, "embed_scale", None)
-    if scale is not None:
+    if type(module).forward is not nn.Embedding.forward:
+        scale: Any = module.embed_scale
         g = g * torch.as_tensor(scale, device=g.device).to(g.dtype)
     padding: Any = module.padding_idx
     if padding is not None:
@@ -117,7 +117,7 @@ def rule_of(module: nn.Module) -> Rule | str:
     kind = type(module)
     rule = _FORWARDS.get(kind.forward) or _CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
     if rule is None and isinstance(module, nn.Embedding) and _SCALED_EMBEDDING.search(kind.__name__):
-        rule = EMBEDDING if hasattr(module, "embed_scale") else None
+        rule = EMBEDDING if _is_scaled_lookup(module) else None
     if rule is None and _NORM.search(kind.__name__):
         rule = _probed(module)
     if rule is None:
@@ -128,6 +128,17 @@ def rule_of(module: nn.Module) -> Rule | str:
     if rule is EMBEDDING and (module.sparse or module.scale_grad_by_freq):
         return "sparse and scale_grad_by_freq give gradients that are not a sum over tokens"
     return rule
+
+
+@torch.no_grad()
+def _is_scaled_lookup(module: nn.Embedding) -> bool:
+    """Whether its output is embed_scale times its row."""
+    ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device)
+    try:
+        want = module.weight[ids] * torch.as_tensor(module.embed_scale).to(module.weight)
+        return torch.allclose(type(module).forward(module, ids), want)
+    except Exception:  # no embed_scale, or a call of another kind
+        return False
 
 
 def _probed(module: nn.Module) -> Rule | None:
