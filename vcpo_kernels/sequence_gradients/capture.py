@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vcpo_kernels.head.traced_logits import TracedLogits
 from vcpo_kernels.sequence_gradients.module_rules import CONV1D, EMBEDDING, LINEAR, Rule
 
 
@@ -88,7 +89,7 @@ class Capture:
         if own is None:
             return output
         module._parameters.update(own)
-        if output is None:  # the forward raised
+        if output is None or isinstance(output, TracedLogits):  # the forward raised; linear_token_stats has the head's
             return output
         x, *others = (*args, *kwargs.values())
         if others or not isinstance(output, Tensor):

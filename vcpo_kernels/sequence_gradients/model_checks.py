@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head.patch_head import PatchedHead
-from vcpo_kernels.sequence_gradients.module_rules import EMBEDDING, LINEAR, Rule, rule_of
+from vcpo_kernels.sequence_gradients.module_rules import EMBEDDING, LINEAR, Rule, normal_like, rule_of
 
 
 def check_model(check: Check, model: nn.Module) -> None:
@@ -42,7 +42,10 @@ _WHOLE = "whole parameters are needed. Use DistributedDataParallel, or OPOBAccum
 def check_hooks(check: Check, names: dict[Tensor, str]) -> None:
     """Raise where others act on a parameter's gradient: nobody would call them."""
     for p, name in names.items():
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+        hooks = (*(p._backward_hooks or {}).values(), *(getattr(p, "_post_accumulate_grad_hooks", None) or {}).values())
+        if not all(
+            getattr(hook, "only_watches", False) for hook in hooks
+        ):  # as EssLearningRate's, which looks by itself too
             raise check.runtime_error(
                 f"parameter {name!r} has a hook that autograd calls with its gradient (register_hook, "
                 "register_post_accumulate_grad_hook), which no backward forms here: norms and accumulate_ would be without it. "
@@ -98,7 +101,7 @@ def _is_what_its_class_says(module: nn.Module, rule: Rule) -> bool:
         x = torch.arange(min(3, len(weight)), device=weight.device)
     else:
         width = weight.shape[1] if rule is LINEAR else weight.shape[0]
-        x = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(weight)
+        x = normal_like(weight, 3, width)
     tolerance = 8 * torch.finfo(weight.dtype).eps
     try:
         got, want = forward(x), type(module).forward(module, x)

@@ -135,10 +135,16 @@ def _is_scaled_lookup(module: nn.Embedding) -> bool:
     """Whether its output is embed_scale times its row."""
     ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device)
     try:
-        want = module.weight[ids] * torch.as_tensor(module.embed_scale).to(module.weight)
+        want = module.weight[ids] * torch.as_tensor(module.embed_scale, device=module.weight.device).to(module.weight)
         return torch.allclose(type(module).forward(module, ids), want)
     except Exception:  # no embed_scale, or a call of another kind
         return False
+
+
+def normal_like(like: Tensor, *shape: int) -> Tensor:
+    """Normal numbers that are the same in every call, on whatever device and under whatever defaults."""
+    options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(0), **options).to(like)
 
 
 def _probed(module: nn.Module) -> Rule | None:
@@ -150,12 +156,7 @@ def _probed(module: nn.Module) -> Rule | None:
         or any(p is not None and p.shape != weight.shape for p in module.parameters())
     ):
         return None
-    options: dict[str, Any] = {
-        "generator": torch.Generator("cpu").manual_seed(0),
-        "device": "cpu",
-        "dtype": torch.float32,
-    }
-    x, w = (torch.randn(n, weight.numel(), **options).to(weight) for n in (3, 1))
+    x, w = normal_like(weight, 4, weight.numel()).split((3, 1))
     try:
         zero, one, got = (_with_weight(module, x, value) for value in (0.0, 1.0, w[0].detach()))
     except Exception:  # a norm over other dimensions than the last refuses the probe

@@ -55,7 +55,7 @@ def remember(model: nn.Module, key: tuple[int, bool] | None) -> None:
 def weightings(batch: int, exponents: range) -> list[Tensor]:
     """u [B] of each round, 2 to one of `exponents`: any two sequences differ in one round (the digits of their numbers)."""
     rounds: list[Tensor] = []
-    digits = torch.arange(batch)
+    digits = torch.arange(batch, device="cpu")
     while not rounds or bool(digits.any()):
         rounds.append(torch.exp2((exponents.start + digits % len(exponents) * exponents.step).double()))
         digits = digits // len(exponents)
@@ -181,8 +181,8 @@ def _projected(grad: Tensor) -> Tensor:
     width = grad.shape[-1]
     if width <= WIDTH:
         return grad
-    generator = torch.Generator().manual_seed(width)
-    signs = torch.randint(0, 2, (width, WIDTH), generator=generator).mul_(2).sub_(1)
+    generator = torch.Generator("cpu").manual_seed(width)
+    signs = torch.randint(0, 2, (width, WIDTH), generator=generator, device="cpu").mul_(2).sub_(1)
     scale = 2.0 ** -((width - 1).bit_length() // 2)
     with no_autocast(grad):
         return grad @ (signs * scale).to(grad)

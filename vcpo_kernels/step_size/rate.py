@@ -96,7 +96,7 @@ class EssLearningRate:
         self.scale: Tensor | None = None
         self._window = Window(optimizer)
         self._rates = GroupRates()
-        self._observed = torch.zeros(())  # how many observations the step has, over all ranks
+        self._observed = torch.zeros((), device="cpu")  # how many observations the step has, over all ranks
         self._number: float | None = None  # scale, read at this step for rates that are floats
         self._stepping = False
         self._warned = False

@@ -155,6 +155,7 @@ def _hook(window: weakref.ref[Window]) -> Any:
         if (alive := window()) is not None:
             alive._accumulated(parameter)
 
+    accumulated.only_watches = True  # `SequenceGradients`, which calls no hooks, refuses all others
     return accumulated
 
 
