@@ -41,7 +41,7 @@ class RowInputs:
 class _Computed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
-        return leaf.new_empty(0).set_(leaf.detach())  # type: ignore[call-overload, no-any-return]
+        return leaf.new_empty(0).set_(leaf.detach())  # type: ignore[call-overload]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

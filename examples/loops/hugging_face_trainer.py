@@ -1,4 +1,4 @@
-"""VCPO in a Hugging Face Trainer: two methods and a callback.
+"""VCPO in a Hugging Face Trainer: two methods.
 
     python -m examples.loops.hugging_face_trainer
     torchrun --nproc-per-node 2 -m examples.loops.hugging_face_trainer    # half the micro-batches a process
@@ -31,7 +31,6 @@ class RolloutTrainer(transformers.Trainer):
             # Before accelerate wraps the optimizer. ESS is taken over all processes, which step together.
             group = dist.group.WORLD if dist.is_initialized() else None
             self.ess_rate = vk.EssLearningRate(optimizer, process_group=group)
-            self.add_callback(ForgetSkippedStep(self.ess_rate))
         return optimizer
 
     def compute_loss(
@@ -53,16 +52,6 @@ class RolloutTrainer(transformers.Trainer):
             logs["vcpo/ess_ratio"] = float(rate.ratio)
             logs["vcpo/learning_rate_used"] = logs["learning_rate"] * float(rate.scale)
         super().log(logs, start_time)
-
-
-class ForgetSkippedStep(transformers.TrainerCallback):
-    """The Trainer clears gradients by model.zero_grad(), which the rate does not hear of: after fp16 overflow it must."""
-
-    def __init__(self, rate: vk.EssLearningRate) -> None:
-        self.rate = rate
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.rate.reset()
 
 
 def make_trainer(folder: str, processes: int = 1, **arguments: Any) -> RolloutTrainer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -38,12 +40,20 @@ MODELS = {
 
 def make(name: str) -> nn.Module:
     """A model in training mode without dropout, fp32."""
-    model_class, config_class, sizes = MODELS[name]
+    return _made(*MODELS[name])
+
+
+def with_experts(model_class: str, sizes: dict[str, int]) -> nn.Module:
+    """A mixture of experts, computed one expert after the other, in any dtype."""
+    return _made(model_class, model_class.replace("ForCausalLM", "Config"), {**_SIZES, **sizes})
+
+
+def _made(model_class: str, config_class: str, sizes: dict[str, Any]) -> nn.Module:
     config = getattr(transformers, config_class)(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     for dropout in ("attn_pdrop", "embd_pdrop", "resid_pdrop"):
         if hasattr(config, dropout):
             setattr(config, dropout, 0.0)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, model_class)(config)
     head = model.get_output_embeddings()

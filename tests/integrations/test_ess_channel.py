@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import vcpo_kernels as vk
 from tests.integrations.two_ranks import ATTACHED, announce, results
@@ -79,6 +81,57 @@ def test_next_optimizer_is_scaled_from_its_first_step() -> None:
     assert step(other, other_weight) == pytest.approx(1.0), "only the first optimizer is attached"
     with pytest.raises(RuntimeError, match="has an EssLearningRate already"):
         _ess_channel.attach_to_next_optimizer()
+
+
+def test_step_skipped_before_the_first_leaves_nothing() -> None:
+    """What waits for an optimizer goes with its gradients, whoever clears them; what was not backpropagated stays."""
+    weight, optimizer = new()
+    plain = inspect.signature(optimizer.zero_grad)
+    _ess_channel.attach_to_next_optimizer()
+    assert inspect.signature(optimizer.zero_grad) == plain
+    announce(weight, QUARTER).backward()
+    optimizer.zero_grad()
+    loss = announce(weight, ALL)
+    optimizer.zero_grad(set_to_none=False)
+    loss.backward()
+    assert step(optimizer, weight) == pytest.approx(1.0)
+    (rate,) = _ess_channel.attached()
+    assert rate.ratio == 1
+    announce(weight, QUARTER).backward()
+    assert step(optimizer, weight) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("how", ["first step", "stop_expecting", "remove"])
+def test_what_is_replaced_meanwhile_is_put_back(how: str) -> None:
+    method = torch.optim.Optimizer.zero_grad
+    expectation = _ess_channel.attach_to_next_optimizer()
+    assert torch.optim.Optimizer.zero_grad is not method
+    weight, optimizer = new()
+    if how == "first step":
+        announce(weight, ALL).backward()
+        step(optimizer, weight)
+    elif how == "remove":
+        expectation.remove()
+    else:
+        _ess_channel.stop_expecting()
+    assert torch.optim.Optimizer.zero_grad is method
+    assert _ess_channel._PROCESS.expecting is None
+
+
+def test_other_hooks_on_every_step() -> None:
+    """torch walks through global hooks while the rate attaches: a later one must still be reached."""
+    weight, optimizer = new()
+    _ess_channel.attach_to_next_optimizer()
+    calls = []
+    handle = register_optimizer_step_pre_hook(lambda *_: calls.append(1))
+    try:
+        announce(weight, QUARTER).backward()
+        assert step(optimizer, weight) == pytest.approx(0.5)
+        announce(weight, QUARTER).backward()
+        assert step(optimizer, weight) == pytest.approx(0.5)
+    finally:
+        handle.remove()
+    assert calls == [1, 1]
 
 
 def test_called_off() -> None:

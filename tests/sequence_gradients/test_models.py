@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,21 @@ def test_hugging_face_models(name: str, head: str) -> None:
     check(model, from_logits if head == "logits" else fused, seg, exactly_as=from_logits)
 
 
+def test_a_head_patched_before() -> None:
+    """As a training loop has it that patches once: the head's own forward is away when the context is made."""
+    model = tiny_models.make("llama, tied")
+    ids, attention, mask = batch()
+    seg = vk.Segments.padded(mask)
+    want = oracle(
+        model,
+        lambda m: seg.sum(vk.token_stats(m(ids, attention_mask=attention).logits, ids, mask, shift=True).logp),
+        BATCH,
+    )
+    with vk.patch_head(model), vk.SequenceGradients(model) as grads:
+        grads.backward(seg.sum(model(ids, attention_mask=attention).token_stats(ids, mask).logp), seg)
+        assert_norms(grads.squared_norms(), want.norms)
+
+
 @pytest.mark.parametrize("reentrant", (False, True))
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model = tiny_models.make("llama, tied")
@@ -97,6 +113,41 @@ def test_packed_rows_with_block_attention() -> None:
         return seg.sum(vk.token_stats(logits, ids, seg.mask[None], shift=True).logp)
 
     check(model, scalars, seg)
+
+
+EXPERTS = {
+    "MixtralForCausalLM": {"num_local_experts": 4},
+    "Qwen2MoeForCausalLM": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+    },
+    "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "JetMoeForCausalLM": {"num_local_experts": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_mixtures_of_experts(name: str) -> None:
+    """Experts that train have no rule; frozen, the rest is exact, token by token as routing is. A load-balancing loss is of the
+    whole batch: refused.
+    """
+    model = tiny_models.with_experts(name, EXPERTS[name])
+    with pytest.raises(ValueError, match=r"(?s)Experts.*no rule for this kind of module.*requires_grad_\(False\)"):
+        vk.SequenceGradients(model)
+    for module in model.modules():
+        if re.search(r"Experts$|Router$|MoE$|MoA$", type(module).__name__):
+            for p in module.parameters(recurse=False):
+                p.requires_grad_(False)
+    ids, attention, mask = batch()
+    seg = vk.Segments.padded(mask)
+
+    def scalars(m: nn.Module, balance: bool = False) -> Tensor:
+        out = m(ids, attention_mask=attention, output_router_logits=balance)
+        logp = seg.sum(vk.token_stats(out.logits, ids, mask, shift=True).logp)
+        return logp + 0.01 * out.aux_loss if balance else logp
+
+    check(model, scalars, seg)
+    with vk.SequenceGradients(model) as grads, pytest.raises(RuntimeError, match="a mean over the batch"):
+        grads.backward(scalars(model, balance=True), seg)
 
 
 @pytest.mark.parametrize("head", ("logits", "fused"))

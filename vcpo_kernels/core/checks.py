@@ -18,12 +18,15 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_TRANSPARENT = ("torch._subclasses.", "torch.distributed._functional_collectives")
 
 
 def describe(value: Any) -> str:
     """Short text for an error: a tensor or array by dtype and shape, what holds tensors by its fields, else the repr, cut."""
     if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+        kind = "tensor" if type(value) in _PLAIN else type(value).__name__
+        return f"a {str(value.dtype).removeprefix('torch.')} {kind} of shape {tuple(value.shape)} on {value.device}"
     if _is_array(value):
         return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)} ({type(value).__module__})"
     if fields := _tensor_fields(value):
@@ -86,9 +89,48 @@ def as_tensor_hint(name: str, value: Any) -> str:
     return ""
 
 
+def is_sharded(value: Tensor) -> bool:
+    """Whether this rank holds a part of it alone: a DTensor, or what ZeRO-3 or FSDP leaves of a parameter between forwards."""
+    return hasattr(value, "full_tensor") or _is_partitioned(value) or _is_freed(value)
+
+
+def _is_partitioned(value: Tensor) -> bool:
+    return hasattr(value, "ds_id") and value.numel() == 0
+
+
+def _is_freed(value: Tensor) -> bool:
+    """Entries without memory behind them, which no kernel may touch."""
+    if torch.compiler.is_compiling() or value.device.type not in ("cpu", "cuda") or value.layout != torch.strided:
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return not wrapped and value.numel() > 0 and value.untyped_storage().nbytes() == 0
+
+
+def _is_own_arithmetic(value: Tensor) -> bool:
+    """A subclass whose values are not what lies in its memory. Not those of torch's tracers, nor one awaiting its values."""
+    kind = type(value)
+    if kind in _PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return False
+    return not kind.__module__.startswith(_TRANSPARENT)
+
+
 def readable(value: Tensor) -> bool:
     """True where a check may look at the data: a real CPU tensor, not inside torch.compile."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _whole(name: str) -> str:
+    """How to have all of a DTensor, with the right gradient: that of a whole copy is taken for every rank's own."""
+    if "weight" in name or "bias" in name:
+        return (
+            "Call inside the forward of the module that gathers it (FSDP2), or pass weight.full_tensor(grad_placements="
+            '[Partial("avg")]) where each rank has its own tokens, weight.full_tensor() where all have the same (tensor '
+            "parallelism)."
+        )
+    return (
+        f"Pass {name}.full_tensor() where every rank has the same tokens, or {name}.to_local() beside this rank's part of the "
+        "other arguments where it is sharded by tokens."
+    )
 
 
 def overlaps(value: Tensor) -> bool:
@@ -145,9 +187,34 @@ class Check:
         if not isinstance(value, Tensor):
             hint = as_tensor_hint(name, value) or fix
             raise self.type_error(f"{name} must be a torch.Tensor, got {describe(value)}. {hint}")
+        self.plain(name, value)
         if dtypes is not None and value.dtype not in dtypes:
             wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
             raise self.type_error(f"{name} must be one of {wanted}, got {describe(value)}. {fix}")
+
+    def plain(self, name: str, value: Tensor) -> None:
+        """Raise unless all values of a tensor are on this rank, in memory, as its dtype and strides say."""
+        if hasattr(value, "full_tensor"):
+            raise self.type_error(f"{name} is a DTensor, of which this rank holds a part. {_whole(name)}")
+        if _is_partitioned(value):
+            whole = tuple(getattr(value, "ds_shape", ()))
+            raise self.type_error(
+                f"{name} is DeepSpeed ZeRO-3's, of whole shape {whole}, not gathered on this rank. Call inside the forward of "
+                f"the module that it belongs to, or under deepspeed.zero.GatheredParameters."
+            )
+        if _is_freed(value):
+            raise self.type_error(
+                f"{name}, {describe(value)}, has no memory: FSDP has freed it until a forward gathers it. Call inside the "
+                "forward of the module that it belongs to, or keep it (reshard_after_forward=False)."
+            )
+        if _is_own_arithmetic(value):
+            raise self.type_error(
+                f"{name} is a tensor subclass, {type(value).__module__}.{type(value).__qualname__} (quantised, nested or "
+                f"masked?), whose values the kernels cannot read. Pass a plain torch.Tensor, such as {name}.dequantize(), "
+                "or leave the module out of quantisation."
+            )
+        if value.layout != torch.strided:
+            raise self.type_error(f"{name} has layout {value.layout}, wanted a strided tensor. Pass {name}.to_dense().")
 
     def float64(self, name: str, value: Tensor) -> None:
         """Raise on a device that has no float64 (Apple's MPS): no sum over tokens or sequences can be kept there."""

@@ -29,15 +29,11 @@ def checked(
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise check.value_error(f"hidden must be [.., H] with H >= 1, got {checks.describe(hidden)}.")
     check.tensor("weight", weight, checks.FLOAT_DTYPES)
-    if hasattr(weight, "full_tensor"):
-        raise check.type_error(
-            "weight is a DTensor, of which this rank holds a part. Pass weight.full_tensor(), or call inside the "
-            "module whose forward gathers it."
-        )
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise check.value_error(
             f"weight must be [V, {hidden.shape[-1]}] (hidden.shape[-1]), got {checks.describe(weight)}. "
-            "It is an nn.Linear's weight; one stored as [H, V] goes in as weight.T."
+            "It is an nn.Linear's weight; one stored as [H, V] goes in as weight.T. Of FSDP's or ZeRO's flat part of it the "
+            "whole is there in the forward of the module that it belongs to."
         )
     check.same_device("weight", weight, "hidden", hidden)
     if bias is not None:

@@ -74,16 +74,3 @@ class BlockBuffer:
         if self._memory is None or self._memory.numel() < size:
             self._memory = empty_large((size,), self._like)
         return self._memory[:size].view(rows, entries)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that could still be allocated. On a CPU what the system calls available; 0 where it does not say."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        with open("/proc/meminfo") as file:
-            kib = next(line.split()[1] for line in file if line.startswith("MemAvailable:"))
-        return int(kib) << 10
-    except (OSError, StopIteration):
-        return 0

@@ -17,7 +17,8 @@ from vcpo_kernels.core.library import define_op
 from vcpo_kernels.head import deferred
 from vcpo_kernels.head.accumulate import HeadGradients, gradients
 from vcpo_kernels.head.arguments import checked
-from vcpo_kernels.head.chunks import CHUNK_BYTES, empty_large, free_bytes
+from vcpo_kernels.head.chunks import CHUNK_BYTES, empty_large
+from vcpo_kernels.head.free_memory import free_bytes
 from vcpo_kernels.head.operands import Head, HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import HeadStatistics, active_rows, score_, score_chunks, statistics_of
 from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
@@ -51,7 +52,7 @@ def linear_token_stats(
     - "fast": the score matrix S = d logp / d logits [N, V] in hidden's dtype, written over the logits by the pass
       that takes the statistics. d hidden = g (S W), d weight = S^T (g hidden): 3 GEMMs, no second pass over the
       vocabulary. A gradient through the entropy needs more than S and recomputes as "lean" does.
-    - "auto": "fast" where S fits into `fast_bytes`, else "lean".
+    - "auto": "fast" where S fits into `fast_bytes` and can be allocated, else "lean".
 
     Where neither weight nor bias needs a gradient (LoRA, a frozen head) all three are the same: S W [N, H] is formed
     chunk by chunk in the forward, 2 GEMMs, no [N, V].
@@ -65,13 +66,15 @@ def linear_token_stats(
         memory: "auto", "fast" or "lean".
         chunk_bytes: size of the buffer for logits. Accumulators beside it, only where they do not fit one chunk:
             fp32 [N, H] in the backward. Gradients of the weight are accumulated in fp32 and rounded once.
-        fast_bytes: what S may take under "auto". None: half of the memory that is free on the device.
+        fast_bytes: what S may take under "auto". None: `chunk_bytes`, or half of the memory that this process may still
+            take: of what is free on the device, within its cgroup's and its own limits.
 
     Returns:
         TokenStats, each field in the shape of token_ids.
 
     Raises:
         TypeError, ValueError: naming the argument, what it got, what it wants; ids as in `token_stats`.
+        torch.OutOfMemoryError: under "fast", where S cannot be allocated.
 
     >>> import torch, vcpo_kernels as vk
     >>> hidden, weight = torch.ones(3, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
@@ -118,11 +121,14 @@ def _forward(
     head: Head, stats: HeadStatistics, needs: Needs, memory: str, chunk_bytes: int, fast_bytes: int | None
 ) -> Tensor:
     """Statistics of all rows into `stats`; what is kept for the backward, a row for each row or none at all."""
-    if needs.parameters and _takes_fast(head, memory, fast_bytes):
-        scores = empty_large((head.rows, head.vocabulary), head.hidden)
-        head.logits(scores)  # by one GEMM: libraries rearrange the weight once per call, which chunks would multiply
-        score_(head, scores, slice(0, head.rows), None, stats)
-        return scores
+    if needs.parameters and _takes_fast(head, memory, chunk_bytes, fast_bytes):
+        scores = _score_matrix(head, memory)
+        if scores is not None:
+            head.logits(
+                scores
+            )  # by one GEMM: libraries rearrange the weight once per call, which chunks would multiply
+            score_(head, scores, slice(0, head.rows), None, stats)
+            return scores
     if needs.hidden and not needs.parameters:
         product = torch.empty_like(head.hidden)
         for rows, scores in score_chunks(head, chunk_bytes, None, stats):
@@ -132,11 +138,28 @@ def _forward(
     return head.hidden.new_empty(0, head.vocabulary)
 
 
-def _takes_fast(head: Head, memory: str, fast_bytes: int | None) -> bool:
+def _score_matrix(head: Head, memory: str) -> Tensor | None:
+    """Memory for S. None under "auto" where there is none after all: what is free is an estimate, and others take of it."""
+    try:
+        return empty_large((head.rows, head.vocabulary), head.hidden)
+    except RuntimeError as error:  # a GPU's allocator raises OutOfMemoryError, a CPU's its parent
+        if memory == "auto":
+            return None
+        size = head.rows * head.vocabulary * head.hidden.element_size()
+        raise torch.OutOfMemoryError(
+            f'linear_token_stats: memory="fast" keeps a score matrix [{head.rows}, {head.vocabulary}] of {size / 2**30:.2f} '
+            f'GiB, which could not be allocated. Pass memory="lean", or fewer rows at a time. {error}'
+        ) from error
+
+
+def _takes_fast(head: Head, memory: str, chunk_bytes: int, fast_bytes: int | None) -> bool:
     if memory != "auto":
         return memory == "fast"
     size = head.rows * head.vocabulary * head.hidden.element_size()
-    return size <= (free_bytes(head.hidden.device) // 2 if fast_bytes is None else fast_bytes)
+    if fast_bytes is not None:
+        return size <= fast_bytes
+    # Where all rows are one chunk, "lean" allocates as much. Asking for what is free reads a dozen files.
+    return size <= chunk_bytes or size <= free_bytes(head.hidden.device) // 2
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:

@@ -1,34 +1,36 @@
 """patch_head: a Hugging Face causal LM whose forward hands over hidden states and head weight instead of logits.
 
 Layer: rows. Nothing of transformers is imported. The head's forward is replaced by one that remembers its input and
-returns a few known numbers, the probe; what the model makes of the probe shows how it treats its logits afterwards
-(softcap, scale), which is then done in the kernels. A treatment that is none of the known ones is an error.
+returns `TracedLogits`, which note what the model does to its logits afterwards (softcap, scale, a bias, a slice); that is then
+done in the kernels. Anything else is an error.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.head import deferred
 from vcpo_kernels.head.linear_token_stats import linear_token_stats
 from vcpo_kernels.head.linear_weighted_logp import linear_weighted_logp
+from vcpo_kernels.head.traced_logits import TracedLogits
 from vcpo_kernels.rows.token_stats import TokenStats
 
-# Where configurations keep what is done to logits: softcap(z) = c tanh(z / c) (Gemma-2 and -3, RecurrentGemma), and factors,
-# which one model multiplies by and another divides by (Cohere, Falcon-H1, Granite); the probe tells which.
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier", "logits_scaling")
-PROBE = (0.0, 1.0, -8.0, 64.0)
+# What configurations call the numbers that logits are multiplied with or divided by: final_logit_softcapping (Gemma),
+# logits_soft_cap (RecurrentGemma), logit_scale (Cohere), lm_head_multiplier (Falcon-H1), output_multiplier, logits_scaling.
+FACTOR_NAMES = re.compile("logit|soft_?cap|lm_head|output_multiplier|output_scale")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class HeadOutput:
     softcap: float | None
     scale: float
     model_output: Any
+    # Empty views of weight and bias. DistributedDataParallel follows outputs back to the parameters they were made with, to
+    # find the unused ones, and has no way back from a parameter itself.
+    _used: tuple[Tensor, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        used = tuple(p[:0] for p in (self.weight, self.bias) if isinstance(p, Tensor) and p.requires_grad)
+        object.__setattr__(self, "_used", used)
 
     @property
     def logits(self) -> Tensor:
@@ -104,14 +113,32 @@ def _rebuilt(parts: Iterable[Any], context: Any) -> HeadOutput:
 pytree.register_pytree_node(HeadOutput, _parts, _rebuilt)  # FSDP and DDP map over a module's outputs
 
 
+Parameter = Callable[[], Any]
+
+
+class _Linear(TorchFunctionMode):
+    """Inside it, the first F.linear is answered by `answer(hidden, weight, bias)`."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is functional.linear and self._answer is not None:
+            answer, self._answer = self._answer, None
+            return answer(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
 class PatchedHead:
     """A patch in force. `restore()` ends it; so does leaving the `with` block."""
 
-    def __init__(self, model: nn.Module, head: nn.Linear) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module) -> None:
         self._model, self._head = model, head
-        self._hidden: list[Tensor] = []
-        self._treatment: tuple[float | None, float] | None = None
-        self._original = model.forward
+        self._calls: list[tuple[Parameter, Parameter]] = []
+        self._original, self._head_forward = model.forward, head.forward
+        # A head of another class, or with a forward of its own, ends in F.linear too; what it does besides is traced.
+        self._plain = _is_plain(head) and "forward" not in head.__dict__
 
         @functools.wraps(self._original)  # trainers read a forward's signature
         def forward(*args: Any, **kwargs: Any) -> HeadOutput:
@@ -146,9 +173,50 @@ class PatchedHead:
     ) -> None:
         self.restore()
 
-    def _remember(self, hidden: Tensor) -> Tensor:
-        self._hidden.append(hidden)
-        return hidden.new_tensor(PROBE, dtype=torch.float32).expand(*hidden.shape[:-1], len(PROBE))
+    def _remember(self, *args: Any, **kwargs: Any) -> Any:
+        if self._plain:
+            return self._of_plain(*args, **kwargs)
+        with _Linear(self._traced):
+            return self._head_forward(*args, **kwargs)
+
+    def _of_plain(self, input: Tensor) -> TracedLogits:
+        head: Any = self._head
+        return self._traced(input, head.weight, head.bias)
+
+    def _traced(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> TracedLogits:
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        logits = TracedLogits(type(self._model).__name__, input, weight, bias, dtype, declared_factors(self._model))
+        self._calls.append((self._parameter(weight), self._parameter(bias)))
+        return logits
+
+    def _operands(self, logits: TracedLogits) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that these logits are made with."""
+        parameters = self._calls[0]
+        own = [parameter() for parameter in parameters]
+        Check("patch_head").plain("the head's weight", own[0])
+        used = logits.of_head(*own)
+        deferral = deferred.deferral_of(*own)
+        for mine, its in zip(own, used, strict=True):
+            if deferral is not None and mine is not None and mine is not its and deferral.defers(mine):
+                raise RuntimeError(
+                    f"patch_head: {type(self._model).__name__} uses a part of its head, or adds to its bias, and "
+                    "SequenceGradients has no rule for that. Use token_stats on the model's logits."
+                )
+        return used
+
+    def _parameter(self, given: Tensor | None) -> Parameter:
+        """How to ask for it after the forward, during which SequenceGradients has stand-ins in the parameters' places."""
+        for module in self._head.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter is given:
+                    return functools.partial(getattr, module, name)
+        if given is not None and deferred.active and not self._plain:
+            raise RuntimeError(
+                f"patch_head: the head {_class_name(self._head)} makes its weight anew in each forward, whose gradients "
+                "SequenceGradients cannot tell apart. Use token_stats on the model's logits."
+            )
+        return lambda: given
 
     def _forward(self, *args: Any, **kwargs: Any) -> HeadOutput:
         name = type(self._model).__name__
@@ -157,37 +225,38 @@ class PatchedHead:
                 f"{name}.forward: labels make the model compute its own loss from logits, of which a patched head has "
                 "none. Leave labels out and use .token_stats(token_ids, mask) of the output."
             )
-        self._hidden.clear()
+        self._calls.clear()
         try:
             output = self._original(*args, **kwargs)
-            if len(self._hidden) != 1 or not isinstance(getattr(output, "logits", None), Tensor):
+            logits = getattr(output, "logits", None)
+            if len(self._calls) != 1 or not isinstance(logits, TracedLogits):
                 raise RuntimeError(
-                    f"patch_head: {name} called its head {len(self._hidden)} times and returned {type(output).__name__}; "
+                    f"patch_head: {name} called its head {len(self._calls)} times and returned {type(output).__name__}; "
                     "wanted one call and an output with .logits. Pass return_dict=True, and leave generate() and "
                     "return_dict=False outside the patch."
                 )
-            if self._treatment is None:
-                self._treatment = treatment(self._model, output.logits)
             output.logits = None
-            return HeadOutput(self._hidden[0], self._head.weight, self._head.bias, *self._treatment, output)
+            return HeadOutput(logits.hidden, *self._operands(logits), *logits.softcap_and_scale(), output)
         finally:
-            self._hidden.clear()
+            self._calls.clear()
 
 
 def patch_head(model: nn.Module) -> PatchedHead:
     """Make a causal LM's forward return a `HeadOutput` (hidden states and head weight) instead of logits.
 
     While patched, no [.., V] tensor exists but the chunks that `HeadOutput.token_stats` and `.weighted_logp` work on.
-    Softcaps and scales that the model applies to its logits are applied there. Works with any model whose head
-    is the nn.Linear of `model.get_output_embeddings()`: Hugging Face's causal LMs, PEFT models around them, your own.
+    What the model does to its logits after the head is noted in each forward and done there: softcaps and scales that its
+    config names, factors that are tensors of one number, an added [V] bias (Bart), a vocabulary that is cut off. Works
+    with any model whose head is the nn.Linear of `model.get_output_embeddings()`: Hugging Face's causal LMs, PEFT models
+    around them (with `modules_to_save` or `trainable_token_indices` on the head too), your own.
 
     Use it as a context manager, or keep the result and call `.restore()`.
 
     Raises:
-        TypeError: the head is no plain nn.Linear (a LoRA or quantised head computes something else).
+        TypeError: the head is no plain nn.Linear (a LoRA or quantised head computes something else); or, in the forward,
+            its weight is a part of itself (a DTensor).
         ValueError: the model is patched already; or, in its forward, `labels` were given.
-        RuntimeError: in the first forward, where the model treats its logits in a way that is not known. (On a GPU that
-            forward waits for the comparison, once per patch.)
+        RuntimeError: in the forward, where the model does something else to its logits, by name.
 
     >>> import torch, vcpo_kernels as vk
     >>> from types import SimpleNamespace
@@ -214,35 +283,50 @@ def patch_head(model: nn.Module) -> PatchedHead:
             f"{type(model).__name__} has no head: model.get_output_embeddings() must return its nn.Linear. "
             "For a wrapped model (DDP, FSDP) patch the model inside."
         )
-    if type(head).forward is not nn.Linear.forward:
-        raise check.type_error(
-            f"the head is a {type(head).__module__}.{type(head).__qualname__}, wanted a plain nn.Linear. "
-            "Leave the head out of the adapter's target modules or of quantisation, or merge the adapter first."
-        )
-    if "_vcpo_patched_head" in model.__dict__ or isinstance(getattr(head.forward, "__self__", None), PatchedHead):
+    for part in _heads(head):
+        if not _is_plain(part):
+            raise check.type_error(
+                f"the head is a {_class_name(part)}, wanted a plain nn.Linear. "
+                "Leave the head out of the adapter's target modules or of quantisation, or merge the adapter first."
+            )
+        weight = part._parameters.get("weight")
+        if weight is not None and not checks.is_sharded(weight):  # a sharded one is gathered for the forward
+            check.plain("the head's weight", weight)
+    if "_vcpo_patched_head" in model.__dict__ or isinstance(
+        getattr(head.__dict__.get("forward"), "__self__", None), PatchedHead
+    ):
         raise check.value_error(f"{type(model).__name__} is patched already. Call .restore() on that patch first.")
     return PatchedHead(model, head)
 
 
-def treatment(model: nn.Module, seen: Tensor) -> tuple[float | None, float]:
-    """(softcap, scale) with which the model turned the probe into `seen` [.., len(PROBE)]."""
+def _heads(head: nn.Module) -> list[nn.Module]:
+    """The modules that may be called for the head: itself, or what PEFT has put in its place beside what was there.
+
+    PEFT's wrappers of whole modules (modules_to_save, trainable_token_indices) call one of these, or F.linear with a weight
+    of their own. Its LoRA layers add to the logits.
+    """
+    whole = getattr(head, "original_module", None)
+    if not isinstance(whole, nn.Module):
+        return [head]
+    return [whole, *getattr(head, "modules_to_save", nn.ModuleDict()).values()]
+
+
+def _is_plain(head: nn.Module) -> bool:
+    return type(head).forward is nn.Linear.forward
+
+
+def _class_name(head: nn.Module) -> str:
+    return f"{type(head).__module__}.{type(head).__qualname__}"
+
+
+def declared_factors(model: nn.Module) -> list[float]:
+    """The numbers in a model's config, and in its text model's, that are named as factors of logits are."""
     config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcaps = [float(c) for c in (getattr(config, name, None) for name in SOFTCAPS) if c] + [None]
-    factors = [float(s) for s in (getattr(config, name, None) for name in SCALES) if s]
-    scales = [candidate for s in factors for candidate in (s, 1 / s)] + [1.0]
-    if seen.numel() == 0:  # no token: nothing shows, and nothing will be computed
-        return None, 1.0
-    got = seen.detach().reshape(-1, seen.shape[-1])[0].double()
-    tolerance = 8 * torch.finfo(seen.dtype).eps
-    probe = torch.tensor(PROBE, dtype=torch.float64, device=got.device)
-    for softcap, scale in itertools.product(softcaps, scales):
-        want = scale * probe
-        want = want if softcap is None else softcap * torch.tanh(want / softcap)
-        if got.shape == want.shape and torch.allclose(got, want, rtol=tolerance, atol=0):
-            return softcap, scale
-    raise RuntimeError(
-        f"patch_head: {type(model).__name__} turns logits {list(PROBE)} into {[round(v, 6) for v in got.tolist()]}, which "
-        f"is none of the known softcaps and scales (softcap {softcaps}, scale {scales} by its config). "
-        "Use token_stats on its logits."
-    )
+    texts = [config, config.get_text_config()] if hasattr(config, "get_text_config") else [config]
+    found = {
+        float(value)
+        for text in texts
+        for name, value in getattr(text, "__dict__", {}).items()
+        if FACTOR_NAMES.search(name) and isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+    }
+    return sorted(found)

@@ -6,33 +6,92 @@ process. The rates attached here (`attach`, `attach_to_next_optimizer`) hear of 
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from vcpo_kernels.integrations._given_advantages import WeightedAdvantages
 from vcpo_kernels.step_size import EssLearningRate
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Announced:
     """A loss whose trainer knows nothing of ESS, as `EssLearningRate.observe` takes it."""
 
     loss: torch.Tensor
     ess_moments: torch.Tensor
+    backpropagated: bool = False
+
+
+class Expectation:
+    """The first optimizer that steps, waited for. Losses wait with it, unless their gradients are cleared before."""
+
+    def __init__(self, rule: str, reference: float) -> None:
+        self._rule, self._reference = rule, reference
+        self._waiting: list[_Announced] = []
+        self._over = False
+        self._handle = register_optimizer_step_pre_hook(self._first_step)
+        self._leave_zero_grad = self._watch_zero_grad()
+
+    def add(self, output: _Announced) -> None:
+        """Keep a micro-batch for the step."""
+
+        def mark(grad: torch.Tensor) -> None:
+            output.backpropagated = True
+
+        output.loss.register_hook(mark)
+        self._waiting.append(output)
+
+    def remove(self) -> None:
+        """Call it off, or clear up behind it."""
+        self._over = True
+        self._waiting.clear()
+        self._handle.remove()
+        self._leave_zero_grad()
+        if _PROCESS.expecting is self:
+            _PROCESS.expecting = None
+
+    def _first_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._over:
+            return
+        # torch is walking through its global hooks: this one must stay for now. The optimizer's own come after them, so that
+        # the rate's run in this step.
+        self._over, _PROCESS.expecting, _PROCESS.spent = True, None, self
+        self._leave_zero_grad()
+        rate = attach(optimizer, self._rule, self._reference)
+        for output in self._waiting:
+            rate.observe(output)
+        self._waiting.clear()
+
+    def _watch_zero_grad(self) -> Callable[[], None]:
+        """Until it is undone any optimizer's zero_grad() is heard: which one will step is not known yet."""
+        original = torch.optim.Optimizer.zero_grad
+
+        @functools.wraps(original)
+        def zero_grad(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+            self._waiting = [output for output in self._waiting if not output.backpropagated]
+            original(optimizer, *args, **kwargs)
+
+        def undo() -> None:
+            if torch.optim.Optimizer.zero_grad is zero_grad:
+                torch.optim.Optimizer.zero_grad = original  # type: ignore[method-assign]
+
+        torch.optim.Optimizer.zero_grad = zero_grad  # type: ignore[method-assign,assignment]
+        return undo
 
 
 class _Process:
-    """What this process has attached, and the losses announced before anything was."""
+    """What this process has attached, and what it waits for."""
 
     def __init__(self) -> None:
         self.rates: list[EssLearningRate] = []
-        self.waiting: list[Any] = []  # outputs for a rate that attaches at the optimizer's first step
-        self.expecting: RemovableHandle | None = None
+        self.expecting: Expectation | None = None
+        self.spent: Expectation | None = None  # its hook is still to be removed
         self.warned = False
 
 
@@ -64,34 +123,27 @@ def attach(
     return rate
 
 
-def attach_to_next_optimizer(rule: str = "sqrt", reference: float = 1.0) -> RemovableHandle:
+def attach_to_next_optimizer(rule: str = "sqrt", reference: float = 1.0) -> Expectation:
     """`attach` to the first optimizer that steps in this process, at that step, which is scaled already.
 
     For trainers that keep their optimizer to themselves. Call it where every rank passes (a module's top level): a rank
-    without it would step alone while the others wait for it. The handle's remove() calls it off.
+    without it would step alone while the others wait for it. Until then losses whose gradients any optimizer's zero_grad()
+    clears are forgotten. The result's remove() calls it off.
 
     Raises RuntimeError if one is expected or attached already.
     """
     if _PROCESS.expecting is not None or _PROCESS.rates:
         raise RuntimeError("attach_to_next_optimizer: this process has an EssLearningRate already, or expects one.")
-
-    def first_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        stop_expecting()
-        rate = attach(optimizer, rule, reference)
-        for output in _PROCESS.waiting:
-            rate.observe(output)
-        _PROCESS.waiting.clear()
-        # torch walks through global hooks first and through the optimizer's own after them, so the new hooks run in this step.
-
-    _PROCESS.expecting = register_optimizer_step_pre_hook(first_step)
+    _PROCESS.expecting = Expectation(rule, reference)
     return _PROCESS.expecting
 
 
 def stop_expecting() -> None:
     """Call `attach_to_next_optimizer` off."""
-    if _PROCESS.expecting is not None:
-        _PROCESS.expecting.remove()
-        _PROCESS.expecting = None
+    for expectation in (_PROCESS.expecting, _PROCESS.spent):
+        if expectation is not None:
+            expectation.remove()
+    _PROCESS.spent = None
 
 
 def detach(rate: EssLearningRate) -> None:
@@ -120,13 +172,15 @@ def publish(where: str, result: WeightedAdvantages, loss: torch.Tensor, how: str
     """
     if not loss.requires_grad:
         return
+    if _PROCESS.spent is not None:
+        stop_expecting()
     output = _Announced(loss, result.ess_moments)
     for rate in _PROCESS.rates:
         rate.observe(output)
     if _PROCESS.rates:
         return
     if _PROCESS.expecting is not None:
-        _PROCESS.waiting.append(output)
+        _PROCESS.expecting.add(output)
     elif not _PROCESS.warned:
         _PROCESS.warned = True
         warnings.warn(f"{where}: no optimizer is attached, so steps are not scaled by ESS. {how}", stacklevel=3)

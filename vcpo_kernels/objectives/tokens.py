@@ -119,6 +119,7 @@ def token_batch(
     proximal = None if proximal_logp is None else tokens("proximal_logp", proximal_logp)
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) == (segments.num_sequences,)
     if per_sequence:
+        check.plain("advantages", advantages)
         check.same_device("advantages", advantages, "stats", logp)
         spread = segments.expand(advantages.detach().to(logp.dtype), logp.numel())
     else:

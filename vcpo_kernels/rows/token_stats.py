@@ -6,7 +6,8 @@ fakes and autograd, and the public function with its checks. The kernels are in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,13 +243,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # no gradient to entropy is the common case, and has a cheaper kernel
 
 
+_keeping: list[None] = []  # of every thread: autograd runs a GPU's backward in one of its own
+
+
+@contextlib.contextmanager
+def logits_kept() -> Iterator[None]:
+    """Backwards inside leave the logits as they are, `inplace_backward` or not: the same graph is differentiated again."""
+    _keeping.append(None)
+    try:
+        yield
+    finally:
+        _keeping.pop()
+
+
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     nothing = (None,) * 6
     if grad_logp is None and grad_entropy is None:
         return (None, *nothing)
     logits, *saved = ctx.saved_tensors
     arguments = (logits, *saved, grad_logp, grad_entropy, ctx.temperature, ctx.softcap, ctx.shift)
-    if not ctx.inplace:
+    if not ctx.inplace or _keeping:
         return (_backward_op(*arguments), *nothing)
     written = logits.detach()  # shares storage and version counter; not a view of the graph
     _backward_op_(written, *arguments[1:])

@@ -14,7 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vcpo_kernels.head.traced_logits import TracedLogits
 from vcpo_kernels.sequence_gradients.module_rules import CONV1D, EMBEDDING, LINEAR, Rule
+
+
+def refuse_second_derivatives() -> None:
+    """Raise in a backward under create_graph=True: what a gradient takes from detached parameters would be missing from it.
+
+    torch's own once_differentiable raises only where the upstream gradient has a graph, and gives zeros elsewhere.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "SequenceGradients: there is no second derivative through the context (create_graph=True). Take gradients that "
+            "are to be differentiated again outside of it."
+        )
 
 
 class _Identity(torch.autograd.Function):
@@ -34,6 +47,7 @@ class _Identity(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         (grad,) = grads
         if grad is not None:
             ctx.record(ctx.saved_tensors[0], grad)
@@ -61,6 +75,11 @@ class Capture:
 
     def _swap(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"SequenceGradients: {self.name} is called inside torch.compile, where no module can be captured. Call the "
+                    "model uncompiled inside the context, or use OPOBAccumulator."
+                )
             self._swapped = {name: module._parameters[name] for name in self.deferred}
             for name, parameter in self._swapped.items():
                 module._parameters[name] = parameter.detach()  # type: ignore[union-attr, assignment]
@@ -70,9 +89,14 @@ class Capture:
         if own is None:
             return output
         module._parameters.update(own)
-        if not isinstance(output, Tensor):  # the forward raised
+        if output is None or isinstance(output, TracedLogits):  # the forward raised; linear_token_stats has the head's
             return output
-        x = args[0] if args else next(iter(kwargs.values()))
+        x, *others = (*args, *kwargs.values())
+        if others or not isinstance(output, Tensor):
+            raise RuntimeError(
+                f"SequenceGradients: {self.name} ({type(module).__name__}) was called with more than its input, or returned "
+                "more than its output: no rule says what its parameters' gradients are. Freeze them, or use OPOBAccumulator."
+            )
         output, x = self._own_row_each(output, x)
         if self.rule in (LINEAR, CONV1D) and x.dtype != output.dtype:
             x = x.to(output.dtype)  # under autocast, what a plain backward would keep

@@ -8,6 +8,7 @@ norms are taken from those (`norms.py`), the baseline and c from the norms, and 
 from __future__ import annotations
 
 import contextlib
+import math
 from types import TracebackType
 from typing import Any
 
@@ -18,10 +19,12 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred as _deferred
 from vcpo_kernels.parallel.averaging import average_gradients
+from vcpo_kernels.sequence_gradients import ownership
 from vcpo_kernels.sequence_gradients.capture import Capture
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product
+from vcpo_kernels.sequence_gradients.graph import Graph, graph_of
 from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
-from vcpo_kernels.sequence_gradients.module_rules import Rule, rule_of
+from vcpo_kernels.sequence_gradients.model_checks import check_hooks, check_model, rules_of
 from vcpo_kernels.sequence_gradients.norms import squared_norms
 from vcpo_kernels.sequence_gradients.row_owners import RowOwners
 from vcpo_kernels.sequences.segments import Segments, check_segments
@@ -36,11 +39,12 @@ class SequenceGradients:
     Costs the GEMMs of a plain step and the norms'. Kept until `accumulate_`: every captured module's output gradient, beside
     the inputs that a plain forward keeps too. No buffer of the parameters' size, whatever B is.
 
-    Exact where a row of activations depends on its own sequence alone: padded and packed batches of causal LMs, without
-    batch statistics. Handles Linear, Embedding, LayerNorm, RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA
-    makes of them, tied weights, `linear_token_stats` on the model's head (so `patch_head` too), activation checkpointing,
-    autocast, and DistributedDataParallel, whose gradients are averaged once, by `accumulate_`. A fused head wants the
-    hidden states whole (`shift=True`), so that its rows are the batch's.
+    Exact where a row of activations matters to its own sequence alone: padded and packed batches of causal LMs, without
+    batch statistics. A probe sees to that (`check`), and what is not so is an error. Handles Linear, Embedding, LayerNorm,
+    RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA makes of them, tied weights, `linear_token_stats` on the
+    model's head (so `patch_head` too), activation checkpointing, autocast, and DistributedDataParallel, whose gradients are
+    averaged once, by `accumulate_`. A fused head wants the hidden states whole (`shift=True`), so that its rows are the
+    batch's.
 
     >>> import torch, vcpo_kernels as vk
     >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
@@ -57,20 +61,27 @@ class SequenceGradients:
 
     Args:
         model: the module that is called inside the context; its parameters that require gradients are all treated.
+        check: when `backward` runs the probe: "auto", "always", or "never" (shapes are believed). It is one more backward of
+            activation gradients (two past 32 sequences) and costs a third of a step. "auto" runs it once for a model and the
+            graph of its forward, and each time where data decides whose rows are where: packed and indexed batches,
+            indexing and sorting in the model, losses over the whole batch, Functions that are not known (fused kernels of
+            other libraries, checkpointing with use_reentrant=True).
 
     Raises:
-        TypeError: model is no module, is compiled, or its parameters are sharded.
+        TypeError: model is no module, is compiled, or its parameters are sharded or replicated by a module inside.
         ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, check: str = "auto") -> None:
         if not isinstance(model, nn.Module):
             raise CHECK.type_error(f"model must be an nn.Module, got {checks.describe(model)}.")
         self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self._model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        _check_eager_and_whole(self._model)
+        check_model(CHECK, self._model)
+        CHECK.choice("check", check, ownership.CHECKS)
+        self._check = check
         self._names = {p: name for name, p in self._model.named_parameters() if p.requires_grad}
-        self._rules = _rules(self._model)
+        self._rules = rules_of(CHECK, self._model)
         self._exits, self._averages = contextlib.ExitStack(), False
         self._reset()
 
@@ -78,6 +89,7 @@ class SequenceGradients:
         self._batch_shape: tuple[int, ...] | None = None
         self._owners: RowOwners | None = None
         self._gradients: dict[Tensor, ParameterGradient] = {}
+        self._probe: ownership.Probe | None = None
         self._batches: list[tuple[int, dict[Tensor, ParameterGradient]]] = []
 
     # --- the context -------------------------------------------------------------------------------------------------
@@ -87,6 +99,11 @@ class SequenceGradients:
             raise RuntimeError(f"{WHERE}: this context is entered already.")
         if any(other.defers(p) for other in _deferred.active for p in self._names):
             raise RuntimeError(f"{WHERE}: another SequenceGradients of the same parameters is active. Leave it first.")
+        if {p for p in self._model.parameters() if p.requires_grad} != set(self._names):
+            raise RuntimeError(
+                f"{WHERE}: since it was made, parameters of the model were frozen, unfrozen or replaced. Make a new one."
+            )
+        check_hooks(CHECK, self._names)
         with contextlib.ExitStack() as exits:
             self._averages = self._ddp is not None and bool(self._ddp.require_backward_grad_sync)
             if self._ddp is not None:
@@ -122,8 +139,9 @@ class SequenceGradients:
                 the mask is not.
 
         Raises:
-            TypeError, ValueError: naming the argument. RuntimeError: a module whose rows cannot be told apart by sequence,
-            tokens of no sequence that take a gradient, or a parameter that was used outside its own module's forward.
+            TypeError, ValueError: naming the argument. RuntimeError: a module whose rows cannot be told apart by sequence, or
+            carry gradients of other sequences' scalars, tokens of no sequence that take a gradient, or a parameter that
+            was used outside its own module's forward, or outside the model.
         """
         check = Check(f"{WHERE}.backward")
         self._check_active(check)
@@ -135,12 +153,21 @@ class SequenceGradients:
             raise check.value_error(
                 "per_sequence has no gradient: it must come from a forward inside the context, under grad mode."
             )
+        graph = graph_of(per_sequence, max(segments.num_sequences, 1))
+        self._check_leaves(check, graph)
         self._owners, self._gradients = RowOwners(segments), {}
+        key = ownership.key_of(graph, self._owners)
         try:
+            if ownership.is_needed(self._check, self._model, key, segments.num_sequences):
+                self._probe = ownership.Probe.of(graph, per_sequence)
+                self._probe.run_rounds(check, per_sequence, graph)
             per_sequence.sum().backward()
+            if self._probe is not None:
+                self._probe.raise_if_mixed(check)
+                ownership.remember(self._model, key)
             self._batches.append((segments.num_sequences, self._gradients))
         finally:
-            self._owners, self._gradients = None, {}
+            self._owners, self._gradients, self._probe = None, {}, None
 
     @torch.no_grad()
     def squared_norms(self) -> Tensor:
@@ -208,15 +235,24 @@ class SequenceGradients:
         return outputs
 
     def _record(self, capture: Capture, x: Tensor, grad: Tensor) -> None:
-        owners = self._owners_now(capture.name)
+        owners, site = self._owners_now(capture.name), capture.name or type(capture.module).__name__
         with torch.no_grad():
+            if self._probe is not None:
+                self._probe.see(site, owners, grad)
+                if self._probe.weighs:
+                    return
             into = {name: self._gradient_of(capture.module._parameters[name]) for name in capture.deferred}  # type: ignore[arg-type]
-            capture.rule.record(capture.module, capture.name or type(capture.module).__name__, owners, x, grad, into)
+            capture.rule.record(capture.module, site, owners, x, grad, into)
 
     def _record_head(self, parameters: tuple[Tensor, Tensor | None], lead: tuple[int, ...], use: HeadUse) -> None:
         site = "linear_token_stats (of hidden states whole, with shift=True)"
         owners = self._owners_now(site)
         owners.rows_per_token(site, lead)
+        if self._probe is not None:
+            rows = use.upstream.new_zeros(math.prod(lead), use.upstream.shape[1])
+            self._probe.see(site, owners, rows.index_copy_(0, use.positions, use.upstream).view(*lead, -1))
+            if self._probe.weighs:
+                return
         permutation, spans = owners.sort_by_sequence(use.positions)
         owned = int(spans.offsets[-1])
         if owned < len(permutation):
@@ -255,6 +291,15 @@ class SequenceGradients:
             )
         return self._owners
 
+    def _check_leaves(self, check: Check, graph: Graph) -> None:
+        for leaf in graph.leaves:
+            if isinstance(leaf, nn.Parameter) and leaf not in self._names:
+                raise check.runtime_error(
+                    f"per_sequence depends on a parameter of shape {tuple(leaf.shape)} that is not the model's "
+                    "(a value head, a module around it): its gradient would be summed without coefficients. Pass the module "
+                    "that holds all of them to SequenceGradients, or freeze it (requires_grad_(False))."
+                )
+
     def _check_active(self, check: Check) -> None:
         if self not in _deferred.active:
             raise check.runtime_error("call it inside `with SequenceGradients(model) as grads:`.")
@@ -271,42 +316,3 @@ def _add(parameter: Tensor, gradient: ParameterGradient, coefficients: Tensor) -
         parameter.grad = torch.empty_like(parameter)
     assert parameter.grad is not None
     gradient.add_to(parameter.grad, coefficients.to(parameter.device), fresh)
-
-
-def _check_eager_and_whole(model: nn.Module) -> None:
-    compiled = type(model).__name__ == "OptimizedModule" or any(
-        getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
-    )
-    if compiled:
-        raise CHECK.type_error(
-            f"{type(model).__name__} is compiled, and a compiled graph has no modules to capture. Pass the model before "
-            "torch.compile, or use OPOBAccumulator."
-        )
-    for name, p in model.named_parameters():
-        if hasattr(p, "full_tensor") or type(p).__name__ == "FlatParameter":
-            raise CHECK.type_error(
-                f"parameter {name!r} is sharded ({type(p).__name__}); whole parameters are needed. "
-                "Use DistributedDataParallel, or OPOBAccumulator."
-            )
-
-
-def _rules(model: nn.Module) -> list[tuple[nn.Module, str, Rule, tuple[str, ...]]]:
-    """Each module with trainable parameters of its own: module, name, rule, names of those parameters."""
-    found, problems = [], []
-    for name, module in model.named_modules():
-        own = tuple(n for n, p in module._parameters.items() if p is not None and p.requires_grad)
-        if not own:
-            continue
-        rule = rule_of(module)
-        if isinstance(rule, str):
-            problems.append(f"  {name or '(the model itself)'} ({type(module).__name__}; {', '.join(own)}): {rule}")
-        else:
-            found.append((module, name, rule, own))
-    if problems:
-        raise CHECK.value_error(
-            "no exact per-sequence gradients for these modules:\n" + "\n".join(problems) + "\n"
-            "Freeze their parameters (requires_grad_(False)), or use OPOBAccumulator, which takes any model."
-        )
-    if not found:
-        raise CHECK.value_error(f"{type(model).__name__} has no parameter that requires a gradient.")
-    return found

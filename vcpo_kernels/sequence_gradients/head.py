@@ -18,6 +18,7 @@ from vcpo_kernels.head.accumulate import gradients
 from vcpo_kernels.head.operands import HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import ByColumns, active_rows
 from vcpo_kernels.rows.statistics import RowStatistics
+from vcpo_kernels.sequence_gradients.capture import refuse_second_derivatives
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class HeadUse:
     hidden: Tensor  # [M, H], factors included
     factors: Tensor  # [M, 1]
     positions: Tensor  # [M]
+    upstream: Tensor  # [M, 1 or 2], the gradients to logp and entropy that left and factors are linear in
 
 
 class DeferredHead(torch.autograd.Function):
@@ -54,6 +56,7 @@ class DeferredHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives()
         if grads[0] is None and grads[1] is None:
             return (None,) * (1 + ctx.count)
         *tensors, positions, kept = ctx.saved_tensors
@@ -64,6 +67,7 @@ class DeferredHead(torch.autograd.Function):
             grad_hidden = gradients(head, d, Needs(ctx.needs_hidden, False, False)).hidden
             hidden, factors = d.scaled(head.hidden), d.scaled(torch.ones_like(head.hidden[:, :1]))
         at = inputs.every_position() if active.positions is None else active.positions - int(inputs.shift)
-        ctx.record(HeadUse(d.matrix, hidden, factors, at))
+        upstream = [u for u in (active.saved.g, active.saved.h) if u is not None]
+        ctx.record(HeadUse(d.matrix, hidden, factors, at, torch.stack(upstream, 1)))
         to_hidden = inputs.scattered_hidden(grad_hidden, active.positions) if ctx.needs_hidden else None
         return (None, to_hidden, *(None,) * (ctx.count - 1))

@@ -53,8 +53,8 @@ def _embedding(module: nn.Module, site: str, owners: RowOwners, x: Tensor, grad:
     """y_t = W[x_t], times a scale where the module has one; padding_idx takes no gradient."""
     spans, (g, ids) = owners.by_sequence(site, grad, x.unsqueeze(-1))
     ids = ids[:, 0].to(torch.int64)
-    scale = getattr(module, "embed_scale", None)
-    if scale is not None:
+    if type(module).forward is not nn.Embedding.forward:
+        scale: Any = module.embed_scale
         g = g * torch.as_tensor(scale, device=g.device).to(g.dtype)
     padding: Any = module.padding_idx
     if padding is not None:
@@ -117,7 +117,7 @@ def rule_of(module: nn.Module) -> Rule | str:
     kind = type(module)
     rule = _FORWARDS.get(kind.forward) or _CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
     if rule is None and isinstance(module, nn.Embedding) and _SCALED_EMBEDDING.search(kind.__name__):
-        rule = EMBEDDING if hasattr(module, "embed_scale") else None
+        rule = EMBEDDING if _is_scaled_lookup(module) else None
     if rule is None and _NORM.search(kind.__name__):
         rule = _probed(module)
     if rule is None:
@@ -130,6 +130,23 @@ def rule_of(module: nn.Module) -> Rule | str:
     return rule
 
 
+@torch.no_grad()
+def _is_scaled_lookup(module: nn.Embedding) -> bool:
+    """Whether its output is embed_scale times its row."""
+    ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device)
+    try:
+        want = module.weight[ids] * torch.as_tensor(module.embed_scale, device=module.weight.device).to(module.weight)
+        return torch.allclose(type(module).forward(module, ids), want)
+    except Exception:  # no embed_scale, or a call of another kind
+        return False
+
+
+def normal_like(like: Tensor, *shape: int) -> Tensor:
+    """Normal numbers that are the same in every call, on whatever device and under whatever defaults."""
+    options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(0), **options).to(like)
+
+
 def _probed(module: nn.Module) -> Rule | None:
     """The rule of a norm: whether its output is affine in a 1-D weight entry by entry, and with what rest."""
     weight = module._parameters.get("weight")
@@ -139,8 +156,7 @@ def _probed(module: nn.Module) -> Rule | None:
         or any(p is not None and p.shape != weight.shape for p in module.parameters())
     ):
         return None
-    generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(n, weight.numel(), generator=generator).to(weight) for n in (3, 1))
+    x, w = normal_like(weight, 4, weight.numel()).split((3, 1))
     try:
         zero, one, got = (_with_weight(module, x, value) for value in (0.0, 1.0, w[0].detach()))
     except Exception:  # a norm over other dimensions than the last refuses the probe

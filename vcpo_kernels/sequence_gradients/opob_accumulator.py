@@ -214,7 +214,8 @@ class OPOBAccumulator:
         """k_i w^_i"""
         c = self._config
         of_length, sequences, tokens = (
-            torch.tensor([float(n or 1)], dtype=torch.float64) for n in (length, c.num_sequences, c.num_tokens)
+            torch.tensor([float(n or 1)], dtype=torch.float64, device="cpu")
+            for n in (length, c.num_sequences, c.num_tokens)
         )
         k = aggregation_scale(c.aggregation, of_length, sequences, tokens, c.max_tokens)
         clip = math.inf if c.max_weight is None else math.log(c.max_weight)

@@ -39,6 +39,12 @@ class Spans:
             return values.view(self.num_sequences, self.max_length, -1).sum(1, dtype=dtype)
         return torch.segment_reduce(values.to(dtype), "sum", offsets=self.offsets, unsafe=True)
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of values >= 0 [R] in each sequence: [B]."""
+        if self.equal:
+            return values.view(self.num_sequences, self.max_length).amax(1)
+        return torch.segment_reduce(values, "max", offsets=self.offsets, initial=0.0, unsafe=True)
+
     def owners(self) -> Tensor:
         """The sequence of each row [R]."""
         sequences = torch.arange(self.num_sequences, device=self.offsets.device)

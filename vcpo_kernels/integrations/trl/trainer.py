@@ -23,7 +23,7 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.integrations.trl.config import VCPOTrainingConfig
 from vcpo_kernels.integrations.trl.head import attach_head
 from vcpo_kernels.integrations.trl.step import EssStep
-from vcpo_kernels.integrations.trl.support import check_support, idle_watch, warn_of_dropout, watch_idleness
+from vcpo_kernels.integrations.trl.support import check_head, check_support, idle_watch, warn_of_dropout, watch_idleness
 from vcpo_kernels.integrations.trl.window import (
     TokenStatistics,
     Window,
@@ -103,6 +103,7 @@ class VCPOTrainer(GRPOTrainer):
             if policy is not None:
                 bare = self.accelerator.unwrap_model(policy)
                 base = bare.get_base_model() if hasattr(bare, "get_base_model") else bare
+                check_head(type(self).__name__, base)
                 attach_head(base, self.temperature, args.cast_lm_head_to_fp32)
         self._ess_step = EssStep(self, args.ess_rule, args.ess_reference)
         self._idle = idle_watch(self)

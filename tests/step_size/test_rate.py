@@ -18,7 +18,7 @@ from torch import Tensor
 
 import vcpo_kernels as vk
 from tests.sequences.brute_force import ess_ratio
-from tests.step_size_batches import HALF, INF, NAN, OPTIMIZERS, QUARTER, fill_gradients, loss_of, parameters
+from tests.step_size.batches import HALF, INF, NAN, OPTIMIZERS, QUARTER, fill_gradients, loss_of, parameters
 
 # --- the step -----------------------------------------------------------------------------------------------
 
@@ -308,8 +308,8 @@ def test_accumulated_micro_batches_survive_zero_grad_before_their_backward() -> 
 
 
 def test_log_weights_of_a_skipped_step_need_a_reset() -> None:
-    """They have no loss to watch: zero_grad() keeps them (observe may come first), reset() forgets them. As
-    documented.
+    """zero_grad() keeps them until a gradient arrives that is not theirs (observe may come first), reset() forgets
+    them.
     """
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,3 +47,34 @@ def loss_of(weight: Tensor, log_weights: Tensor) -> vk.VCPOOutput:
     stats = vk.token_stats(logits, torch.arange(n)[:, None] % 2)
     mu = stats.logp.detach() - log_weights[:, None]
     return vk.vcpo_loss(stats, mu, torch.arange(float(n)), n, vk.Segments.padded(torch.ones(n, 1)))
+
+
+class Plain(torch.optim.SGD):
+    """SGD with something to do before and after its step, inside of it."""
+
+    before: Callable[[], None] = staticmethod(lambda: None)
+    after: Callable[[], None] = staticmethod(lambda: None)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.before()
+        result = super().step(closure)
+        self.after()
+        return result
+
+
+def lr_of(tensor: bool, value: float = 1.0) -> Any:
+    return torch.tensor(value) if tensor else value
+
+
+def value(rate: Any) -> float:
+    return float(rate)
+
+
+def put(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """As a scheduler does: into the tensor where there is one."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -9,6 +9,7 @@ import pickle
 import warnings
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import vcpo_kernels as vk
 from tests.sequences.brute_force import ess_ratio
-from tests.step_size_batches import HALF, NAN, QUARTER, fill_gradients, loss_of, parameters
+from tests.step_size.batches import HALF, NAN, QUARTER, fill_gradients, loss_of, parameters
 
 # --- closures -----------------------------------------------------------------------------------------------
 
@@ -192,6 +193,18 @@ def test_ranks_share_one_ess(tmp_path: Path) -> None:
         assert lr == 1.0, case
 
 
+def test_what_was_refused_is_not_counted() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    rate = vk.EssLearningRate(optimizer)
+    weight.grad = torch.ones(1)
+    rate.observe(QUARTER)
+    with pytest.raises(ValueError, match="one number has no ESS"):
+        rate.observe(torch.ones(()))
+    optimizer.step()
+    assert rate.ratio == 0.25
+
+
 # --- errors -------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +271,81 @@ BAD_INPUT = {
         lambda: vk.EssLearningRate(sgd()).observe({"loss": 1}),
         TypeError,
         r"observe: output must be a VCPOOutput, an EffectiveSampleSize or log-weights.* got \{.loss.: 1\}",
+    ),
+    "observe a loss": (
+        lambda: vk.EssLearningRate(sgd()).observe(torch.zeros(())),
+        ValueError,
+        r"observe: output must be a VCPOOutput.* got a float32 tensor of shape \(\).*Pass the whole output",
+    ),
+    "observe a loss with a gradient": (
+        lambda: vk.EssLearningRate(sgd()).observe(loss_of(parameters()[0], QUARTER).loss),
+        ValueError,
+        r"one number has no ESS\. Pass the whole output, not its loss, ess or ess_ratio: observe\(out\)",
+    ),
+    "observe an ESS ratio": (
+        lambda: vk.EssLearningRate(sgd()).observe(vk.effective_sample_size(QUARTER).ratio.double()),
+        ValueError,
+        r"got a float64 tensor of shape \(\).*one number has no ESS",
+    ),
+    "observe an int 0-d": (
+        lambda: vk.EssLearningRate(sgd()).observe(torch.tensor(3)),
+        ValueError,
+        r"got a int64 tensor of shape \(\).*one number has no ESS",
+    ),
+    "observe log-ratios of tokens": (
+        lambda: vk.EssLearningRate(sgd()).observe(torch.zeros(4, 3)),
+        ValueError,
+        r"shape \(4, 3\).*summed over each sequence: sequence_log_weights\(stats\.logp, behavior_logp, segments\)",
+    ),
+    "observe losses": (
+        lambda: vk.EssLearningRate(sgd()).observe(torch.zeros(4, requires_grad=True)),
+        ValueError,
+        r"that requires a gradient, as a loss does\. Pass the whole output.*If these are log-weights: \.detach\(\)",
+    ),
+    "observe half": (
+        lambda: vk.EssLearningRate(sgd()).observe(QUARTER.bfloat16()),
+        TypeError,
+        r"output must be one of float32, float64, got a bfloat16 .*Of log-weights: \.float\(\)",
+    ),
+    "observe token statistics": (
+        lambda: vk.EssLearningRate(sgd()).observe(vk.token_stats(torch.zeros(2, 3), torch.zeros(2).long())),
+        TypeError,
+        r"got TokenStats.*Token statistics are of tokens: pass what the loss made of them, or sequence_log_weights\(",
+    ),
+    "observe a number": (
+        lambda: vk.EssLearningRate(sgd()).observe(0.5),
+        TypeError,
+        r"got 0\.5 \(float\)\. Pass what vcpo_loss or the objective returned: observe\(out\)",
+    ),
+    "observe None": (lambda: vk.EssLearningRate(sgd()).observe(None), TypeError, "got None"),
+    "observe an array": (
+        lambda: vk.EssLearningRate(sgd()).observe(QUARTER.numpy()),
+        TypeError,
+        r"ndarray.*Log-weights as a tensor: torch\.as_tensor\(log_weights\)",
+    ),
+    "observe several outputs": (
+        lambda: vk.EssLearningRate(sgd()).observe([vk.effective_sample_size(QUARTER)]),
+        TypeError,
+        r"\(list\)\. Call observe once for each micro-batch's output",
+    ),
+    "observe broken moments": (
+        lambda: vk.EssLearningRate(sgd()).observe(
+            vk.EffectiveSampleSize(torch.ones(()), torch.ones(()), torch.ones(2).double())
+        ),
+        ValueError,
+        r"output's ESS moments must have shape \(3,\).*got a float64 tensor of shape \(2,\)",
+    ),
+    "observe moments in another dtype": (
+        lambda: vk.EssLearningRate(sgd()).observe(
+            vk.EffectiveSampleSize(torch.ones(()), torch.ones(()), torch.ones(3))
+        ),
+        TypeError,
+        "output's ESS moments must be one of float64, got a float32",
+    ),
+    "observe a loss that is a number": (
+        lambda: vk.EssLearningRate(sgd()).observe(SimpleNamespace(loss=1.0, ess_moments=torch.ones(3).double())),
+        TypeError,
+        r"output\.loss must be a torch\.Tensor, got 1\.0",
     ),
     "observe int": (
         lambda: vk.EssLearningRate(sgd()).observe(torch.zeros(2).long()),
