@@ -44,6 +44,9 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "tokens trained": {"trainable_token_indices": [3, 5]},
     "tokens trained, tied": {"trainable_token_indices": [3, 5], "tied": True},
     "tokens of the head": {"trainable_token_indices": {"lm_head": [1, 2]}},
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "rank-stabilised LoRA on the head": {"target_modules": ["lm_head"], "use_rslora": True, "lora_alpha": 3},
+    "LoRA on a tied head": {"target_modules": ["q_proj", "lm_head"], "tied": True},
 }
 
 
@@ -89,9 +92,47 @@ def test_norms_by_sequence_of_a_trained_head() -> None:
         torch.testing.assert_close(got[i], want, rtol=1e-4, atol=0)
 
 
-def test_lora_on_the_head_is_refused_before_a_forward() -> None:
-    with pytest.raises(TypeError, match=r"the head is a peft.*lora.*wanted a plain nn.Linear.*target modules"):
-        vk.patch_head(adapted(target_modules=["q_proj", "lm_head"]))
+def test_two_adapters_on_the_head() -> None:
+    model, ids = adapted(target_modules=["lm_head"]), torch.randint(0, tiny_models.VOCABULARY, (2, 9))
+    model.add_adapter("second", peft.LoraConfig(r=3, target_modules=["lm_head"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    want = vk.token_stats(model(ids).logits, ids, shift=True).logp
+    want_grads = gradients(model, want)
+    with vk.patch_head(model):
+        got = model(ids).token_stats(ids).logp
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    grads = gradients(model, got)
+    assert len(grads) == 4
+    for key, grad in want_grads.items():
+        torch.testing.assert_close(grads[key], grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("merged", (True, False))
+def test_lora_on_a_head_in_bfloat16(merged: bool) -> None:
+    """Its own weights are in fp32, as PEFT keeps them; once merged there is one weight."""
+    model, ids = adapted(target_modules=["lm_head"]).bfloat16(), torch.randint(0, tiny_models.VOCABULARY, (2, 9))
+    for name, p in model.named_parameters():
+        if "lora" in name:
+            p.data = p.data.float()
+    if merged:
+        model.merge_adapter()
+    want = vk.token_stats(model(ids).logits, ids, shift=True).logp
+    with vk.patch_head(model):
+        got = model(ids).token_stats(ids).logp
+    torch.testing.assert_close(got, want, atol=0.03, rtol=0.01)
+
+
+@pytest.mark.parametrize("options", ({"use_dora": True}, {"lora_bias": True}), ids=("DoRA", "a bias"))
+def test_other_adapters_of_the_head_are_refused_in_the_forward(options: dict[str, Any]) -> None:
+    model = adapted(target_modules=["lm_head"], **options)
+    with vk.patch_head(model), pytest.raises(RuntimeError, match=r"patch_head: .*(applies|bias of its own)"):
+        model(torch.randint(0, tiny_models.VOCABULARY, (2, 9)))
+
+
+def test_norms_by_sequence_of_lora_on_the_head_are_refused() -> None:
+    model, ids = adapted(target_modules=["lm_head"]), torch.randint(0, tiny_models.VOCABULARY, (2, 9))
+    with vk.SequenceGradients(model), vk.patch_head(model), pytest.raises(RuntimeError, match="no rule for that"):
+        model(ids)
 
 
 def test_a_quantised_head_is_refused_before_a_forward() -> None:

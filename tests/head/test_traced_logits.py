@@ -195,9 +195,35 @@ def test_hooks_and_a_forward_of_the_heads_own() -> None:
         assert out.weight is weight
         torch.testing.assert_close(out.token_stats(ids, shift=False).logp, want.logp, atol=1e-5, rtol=1e-5)
         assert model.head.__dict__.get("forward") is forward
-    model.head.forward = lambda x: functional.linear(x, weight) + functional.linear(x, 0.1 * weight)
-    with vk.patch_head(model), pytest.raises(RuntimeError, match="Tiny applies __add__ to its logits"):
-        model(ids)
+
+
+def test_a_head_of_two_linear_maps() -> None:
+    """Their sum is one, of both inputs side by side, as with LoRA on the head; a product or a difference in the cap is none."""
+    ids = torch.randint(0, V, (2, 6))
+    model = Tiny(lambda m, z: z)
+    weight, other = model.head.weight, torch.randn(V, H)
+
+    def second(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return functional.linear(x.cos(), other) * factor
+
+    for forward in (
+        lambda x: functional.linear(x, weight) + second(x, 0.5),
+        lambda x: functional.linear(x, weight) * 1.0 + second(x, -2.0) / 3 + second(x, 0.5),
+    ):
+        model.head.forward = forward
+        want = vk.token_stats(model(ids).logits, ids).logp
+        with vk.patch_head(model):
+            got = model(ids).token_stats(ids, shift=False).logp
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for refused in (
+        lambda x: functional.linear(x, weight) * second(x, 0.5),
+        lambda x: functional.linear(x, weight) + second(x, 0.5).tanh(),
+        lambda x: functional.linear(x, weight).tanh() + second(x, 0.5),
+        lambda x: functional.linear(x, weight)[..., :5] + second(x, 0.5)[..., 5:10],
+    ):
+        model.head.forward = refused
+        with vk.patch_head(model), pytest.raises(RuntimeError, match=r"Tiny applies .* to its logits"):
+            model(ids)
 
 
 def test_bf16_logits_made_wider_and_capped() -> None:

@@ -117,17 +117,23 @@ Parameter = Callable[[], Any]
 
 
 class _Linear(TorchFunctionMode):
-    """Inside it, the first F.linear is answered by `answer(hidden, weight, bias)`."""
+    """Inside it, the first F.linear is answered by `answer(hidden, weight, bias)`, and what adds to its output by `adapt`."""
 
-    def __init__(self, answer: Any) -> None:
+    def __init__(self, answer: Any, adapt: Any) -> None:
         super().__init__()
-        self._answer = answer
+        self._answer, self._adapt = answer, adapt
+        self._entries = 0
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is functional.linear and self._answer is not None:
-            answer, self._answer = self._answer, None
-            return answer(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function is not functional.linear:
+            return function(*args, **kwargs)
+        if not self._entries:
+            logits = self._answer(*args, **kwargs)
+            self._entries = logits.shape[-1]
+            return logits
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        return (self._adapt if len(weight) == self._entries else function)(*args, **kwargs)
 
 
 class PatchedHead:
@@ -176,7 +182,7 @@ class PatchedHead:
     def _remember(self, *args: Any, **kwargs: Any) -> Any:
         if self._plain:
             return self._of_plain(*args, **kwargs)
-        with _Linear(self._traced):
+        with _Linear(self._traced, self._adapted):
             return self._head_forward(*args, **kwargs)
 
     def _of_plain(self, input: Tensor) -> TracedLogits:
@@ -189,6 +195,17 @@ class PatchedHead:
         logits = TracedLogits(type(self._model).__name__, input, weight, bias, dtype, declared_factors(self._model))
         self._calls.append((self._parameter(weight), self._parameter(bias)))
         return logits
+
+    def _adapted(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> TracedLogits:
+        """The up-projection of LoRA on the head: logits of a low-rank head, to be scaled and added."""
+        if deferred.active:
+            raise RuntimeError(
+                f"patch_head: {_class_name(self._head)} adds to the head's logits, and SequenceGradients has no rule for that. "
+                "Use token_stats on the model's logits, or leave the head out of the adapter's target modules."
+            )
+        if bias is not None:
+            raise RuntimeError(f"patch_head: {_class_name(self._head)} has a bias of its own, wanted lora_bias=False.")
+        return TracedLogits.adapter(type(self._model).__name__, input, weight)
 
     def _operands(self, logits: TracedLogits) -> tuple[Tensor, Tensor | None]:
         """The weight and bias that these logits are made with."""
@@ -248,13 +265,14 @@ def patch_head(model: nn.Module) -> PatchedHead:
     What the model does to its logits after the head is noted in each forward and done there: softcaps and scales that its
     config names, factors that are tensors of one number, an added [V] bias (Bart), a vocabulary that is cut off. Works
     with any model whose head is the nn.Linear of `model.get_output_embeddings()`: Hugging Face's causal LMs, PEFT models
-    around them (with `modules_to_save` or `trainable_token_indices` on the head too), your own.
+    around them (with `modules_to_save`, `trainable_token_indices` or plain LoRA on the head too), your own. LoRA on the head
+    costs what a trained head does: the gradient is that of both side by side, [V, H + r].
 
     Use it as a context manager, or keep the result and call `.restore()`.
 
     Raises:
-        TypeError: the head is no plain nn.Linear (a LoRA or quantised head computes something else); or, in the forward,
-            its weight is a part of itself (a DTensor).
+        TypeError: the head is no plain nn.Linear (a quantised head computes something else); or, in the forward, its weight is
+            a part of itself (a DTensor).
         ValueError: the model is patched already; or, in its forward, `labels` were given.
         RuntimeError: in the forward, where the model does something else to its logits, by name.
 
@@ -287,7 +305,7 @@ def patch_head(model: nn.Module) -> PatchedHead:
         if not _is_plain(part):
             raise check.type_error(
                 f"the head is a {_class_name(part)}, wanted a plain nn.Linear. "
-                "Leave the head out of the adapter's target modules or of quantisation, or merge the adapter first."
+                "Leave the head out of quantisation or of the adapter's target modules, or merge the adapter first."
             )
         weight = part._parameters.get("weight")
         if weight is not None and not checks.is_sharded(weight):  # a sharded one is gathered for the forward
@@ -303,12 +321,13 @@ def _heads(head: nn.Module) -> list[nn.Module]:
     """The modules that may be called for the head: itself, or what PEFT has put in its place beside what was there.
 
     PEFT's wrappers of whole modules (modules_to_save, trainable_token_indices) call one of these, or F.linear with a weight
-    of their own. Its LoRA layers add to the logits.
+    of their own. Its LoRA layers add to what their base layer returns.
     """
     whole = getattr(head, "original_module", None)
-    if not isinstance(whole, nn.Module):
-        return [head]
-    return [whole, *getattr(head, "modules_to_save", nn.ModuleDict()).values()]
+    if isinstance(whole, nn.Module):
+        return [whole, *getattr(head, "modules_to_save", nn.ModuleDict()).values()]
+    base = getattr(head, "base_layer", None)
+    return [base if isinstance(base, nn.Module) else head]
 
 
 def _is_plain(head: nn.Module) -> bool:

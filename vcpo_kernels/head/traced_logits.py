@@ -43,6 +43,14 @@ class TracedLogits:
         self.before, self.after, self._capped = Fraction(1), Fraction(1), False
         self.dtype, self.device = dtype, hidden.device
         self._shares_memory = False
+        self._columns: tuple[Tensor | None, ...] = (None,)  # of the weight: the head's own (None) and adapters' [V, r]
+
+    @staticmethod
+    def adapter(owner: str, hidden: Tensor, weight: Tensor) -> TracedLogits:
+        """What a low-rank adapter adds to a head's logits, once it is scaled by whatever number."""
+        logits = TracedLogits(owner, hidden, weight, None, _promoted(hidden.dtype, weight), ())
+        logits._columns = (weight,)
+        return logits
 
     @property
     def shape(self) -> torch.Size:
@@ -60,6 +68,10 @@ class TracedLogits:
 
     def of_head(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The head's weight and bias as these logits use them; the very same, where nothing was done to them."""
+        if self._is_adapter:
+            raise self._refused("an adapter alone")
+        if len(self._columns) > 1:
+            weight = torch.cat([weight if c is None else c.to(weight.dtype) for c in self._columns], 1)
         if self.entries != slice(0, len(weight)):
             weight = weight[self.entries]
             bias = None if bias is None else bias[self.entries]
@@ -133,6 +145,8 @@ class TracedLogits:
         if isinstance(other, bool) or not isinstance(other, numbers.Real):
             return NotImplemented
         number = float(other)
+        if self._is_adapter:
+            return self._but(hidden=self.hidden / number if inverse else self.hidden * number)
         if number != 1 and not any(math.isclose(number, d) or math.isclose(number * d, 1) for d in self._declared):
             step = f"z / {number:g}" if inverse else f"{number:g} z"
             raise RuntimeError(
@@ -160,8 +174,26 @@ class TracedLogits:
             return NotImplemented
         return self._but(hidden=(self.hidden * other).to(self.hidden.dtype), dtype=dtype)
 
+    @property
+    def _is_adapter(self) -> bool:
+        return None not in self._columns
+
+    def _adapted(self, other: TracedLogits) -> Any:
+        """The sum of two linear maps is one of both inputs side by side."""
+        head, adapter = (other, self) if self._is_adapter else (self, other)
+        changed = head._capped or adapter._capped or head.before != 1 or head.entries != adapter.entries
+        if changed or not adapter._is_adapter or head.hidden.shape[:-1] != adapter.hidden.shape[:-1]:
+            return NotImplemented
+        return head._but(
+            hidden=torch.cat([head.hidden, adapter.hidden.to(head.hidden.dtype)], -1),
+            dtype=torch.promote_types(head.dtype, adapter.dtype),
+            _columns=(*head._columns, *adapter._columns),
+        )
+
     def _plus(self, other: Any) -> Any:
-        """A bias by entry."""
+        """A bias by entry, or what an adapter adds."""
+        if isinstance(other, TracedLogits):
+            return self._adapted(other)
         if (
             self._capped
             or not isinstance(other, Tensor)

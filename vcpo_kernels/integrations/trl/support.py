@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from trl.trainer import grpo_trainer
 
 import vcpo_kernels as vk
 from vcpo_kernels.core.checks import Check
@@ -35,6 +38,34 @@ def check_support(trainer: Any) -> None:
             raise check.value_error(
                 f"score_norm='exact' does not work with this model. Set score_norm='logit'. {error}"
             ) from error
+
+
+@contextlib.contextmanager
+def adapted_heads_allowed() -> Iterator[None]:
+    """GRPOTrainer refuses an adapter on the head, because its own head would pass the adapter by. Ours calls the module."""
+    name = "BaseTunerLayer"
+    checked = grpo_trainer.__dict__.get(name)
+    if checked is None:  # no PEFT, no adapters
+        yield
+        return
+    setattr(grpo_trainer, name, type("NoHead", (), {}))
+    try:
+        yield
+    finally:
+        setattr(grpo_trainer, name, checked)
+
+
+def check_adapted_head(trainer: Any) -> None:
+    """Raise ValueError for what needs the head's weight alone, where an adapter adds to it."""
+    head = trainer.accelerator.unwrap_model(trainer.model).get_output_embeddings()
+    if not hasattr(head, "base_layer"):
+        return
+    check = Check(type(trainer).__name__)
+    fix = "Leave 'lm_head' out of the adapter's target modules, or train it whole by modules_to_save=['lm_head']."
+    if trainer.args.cast_lm_head_to_fp32:
+        raise check.value_error(f"cast_lm_head_to_fp32=True does not work with an adapter on the head. {fix}")
+    if trainer.args.score_norm == "exact":
+        raise check.value_error(f"score_norm='exact' does not work with an adapter on the head. {fix}")
 
 
 def check_head(where: str, model: nn.Module) -> None:

@@ -23,7 +23,15 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.integrations.trl.config import VCPOTrainingConfig
 from vcpo_kernels.integrations.trl.head import attach_head
 from vcpo_kernels.integrations.trl.step import EssStep
-from vcpo_kernels.integrations.trl.support import check_head, check_support, idle_watch, warn_of_dropout, watch_idleness
+from vcpo_kernels.integrations.trl.support import (
+    adapted_heads_allowed,
+    check_adapted_head,
+    check_head,
+    check_support,
+    idle_watch,
+    warn_of_dropout,
+    watch_idleness,
+)
 from vcpo_kernels.integrations.trl.window import (
     TokenStatistics,
     Window,
@@ -86,7 +94,8 @@ class VCPOTrainer(GRPOTrainer):
                 f"VCPOTrainer: args must be a VCPOTrainingConfig, got {checks.describe(type(args).__name__)}. It takes all "
                 "arguments of GRPOConfig: change the name."
             )
-        super().__init__(model, reward_funcs, args, *rest, **options)
+        with adapted_heads_allowed():
+            super().__init__(model, reward_funcs, args, *rest, **options)
         self._window_config = WindowConfig(
             max_weight=args.max_weight,
             baseline_weighting=args.baseline_weighting,
@@ -98,6 +107,7 @@ class VCPOTrainer(GRPOTrainer):
             kl_correction=args.use_bias_correction_kl,
         )
         check_support(self)
+        check_adapted_head(self)
         warn_of_dropout(self.model, args.disable_dropout)
         for policy in (self.model, self.ref_model):
             if policy is not None:
