@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -128,3 +129,26 @@ def test_metrics_say_it_everywhere(name: str) -> None:
     ratio = ratio[ratio.isfinite()].double()
     assert out.metrics["log_ratio_abs_mean"].item() == pytest.approx(ratio.abs().mean().item(), rel=1e-5)
     assert out.metrics["log_ratio_negative_fraction"].item() == pytest.approx((ratio < 0).double().mean().item())
+
+
+MEANS: dict[str, tuple[tuple[float, float, float], str | None]] = {
+    "far": ((10, 3.1, 0.5), "differ by 3.1 nats a token: off by one"),
+    "a kept set": ((64, 0.05, 0.99), r"log pi < log mu at 99% of the tokens, by 0.05 nats a token.*top-p"),
+    "too few tokens": ((63, 0.05, 1.0), None),
+    "a sampler's rounding": ((1000, 0.004, 1.0), None),
+    "stale": ((1000, 0.3, 0.7), None),
+    "nothing": ((1000, math.nan, math.nan), None),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_means_that_a_trainer_logs_say_it_too(name: str) -> None:
+    """On a GPU, where nothing else may be read; once a cause, whoever found it."""
+    means, message = MEANS[name]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            behavior.warn_of_means("Trainer", *means)
+    assert len(said) == (message is not None)
+    if message is not None:
+        assert re.match(f"Trainer: .*{message}", str(said[0].message))

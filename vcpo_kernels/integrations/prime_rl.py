@@ -62,6 +62,7 @@ def vcpo_loss(inputs: Any, max_weight: float | None = 8.0) -> Any:
         "vcpo/log_weight": result.metrics["log_weight_mean"],
         "vcpo/truncated": result.metrics["truncated_fraction"],
         "vcpo/nonfinite": result.metrics["nonfinite_sequences"],
+        **{f"vcpo/{name}": result.metrics[name] for name in ("log_ratio_abs_mean", "log_ratio_negative_fraction")},
         **{f"vcpo/last_step_{name}": value for name, value in _last_step(loss.device).items()},
     }
     return _loss_outputs(inputs)(loss=loss, metrics=metrics)

@@ -21,6 +21,7 @@ from vcpo_kernels.integrations import _ess_channel
 from vcpo_kernels.integrations._given_advantages import weighted_advantages
 from vcpo_kernels.integrations._idle import IdleWatch
 from vcpo_kernels.objectives.advantages import GroupedRewards
+from vcpo_kernels.sequences.behavior import warn_of_means
 from vcpo_kernels.sequences.segments import Segments
 
 WHERE = "vcpo (verl)"
@@ -152,6 +153,9 @@ def policy_loss(
     _ess_channel.publish(WHERE, result, loss, how)
     numbers = {name: value.item() for name, value in result.metrics.items()}
     _IDLE.see(numbers["ess_ratio"], numbers["log_weight_mean"], numbers["log_weight_max"], *_SAME_POLICY)
+    if rollout_is_weights is None:  # else the difference is from the recomputed policy
+        tokens = int(segments.lengths.sum())
+        warn_of_means(WHERE, tokens, numbers["log_ratio_abs_mean"], numbers["log_ratio_negative_fraction"])
     metrics = {f"actor/vcpo_{name}": value for name, value in numbers.items()}
     if (last := _ess_channel.last_step()) is not None:
         for name, value in zip(("ess_ratio", "lr_scale"), last, strict=True):

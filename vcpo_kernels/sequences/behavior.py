@@ -2,7 +2,8 @@
 
 Layer: tokens [N]. A behavior_logp that is not of these tokens, or not of this distribution, makes numbers that look healthy:
 all weights vanish together, and the ESS ratio is 1. Only tensors that may be read are looked at (a CPU's, not compiling); on
-a GPU the metrics `log_ratio_abs_mean` and `log_ratio_negative_fraction` say the same.
+a GPU the metrics `log_ratio_abs_mean` and `log_ratio_negative_fraction` say the same, to a trainer that logs them too
+(`warn_of_means`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ FAR = 1.0  # nats a token: policies that are a hundred updates apart differ by t
 ENOUGH_TOKENS = 64  # before a share of signs says anything
 ONE_SIDED = 0.98  # of the tokens that differ at all
 NOTICEABLE = 5e-3  # nats a token; below, a sampler's own rounding
+UNKNOWN = (
+    "off by one (behavior_logp[:, t] belongs to ids[:, t]), another temperature or softcap than the sampler's, other token "
+    "ids or attention masks (left padding needs position ids)?"
+)
 
 _said: set[str] = set()
 
@@ -37,10 +42,21 @@ def warn_of_behavior(where: str, logp: Tensor, behavior_logp: Tensor, valid: Ten
     if not checks.readable(logp) or not bool(valid.any()):
         return
     theta, mu = logp.detach()[valid].double(), behavior_logp.detach()[valid].double()
-    if (found := _cause(theta, mu, logp.detach(), behavior_logp.detach(), valid)) is None or found[0] in _said:
-        return
-    _said.add(found[0])
-    warnings.warn(f"{where}: {found[1]}", UserWarning, stacklevel=3)
+    _say(where, _cause(theta, mu, logp.detach(), behavior_logp.detach(), valid))
+
+
+def warn_of_means(where: str, tokens: float, abs_mean: float, negative_fraction: float) -> None:
+    """The same from the two metrics of so many tokens, for trainers that have them on the host anyway."""
+    if abs_mean > FAR:
+        _say(where, ("far", f"log pi and log mu differ by {abs_mean:.1f} nats a token: {UNKNOWN}"))
+    elif tokens >= ENOUGH_TOKENS and abs_mean >= NOTICEABLE and negative_fraction >= ONE_SIDED:
+        _say(where, ("support", _of_part(f"{negative_fraction:.0%} of the tokens", abs_mean)))
+
+
+def _say(where: str, found: tuple[str, str] | None) -> None:
+    if found is not None and found[0] not in _said:
+        _said.add(found[0])
+        warnings.warn(f"{where}: {found[1]}", UserWarning, stacklevel=4)
 
 
 def _cause(theta: Tensor, mu: Tensor, logp: Tensor, behavior_logp: Tensor, valid: Tensor) -> tuple[str, str] | None:
@@ -74,10 +90,7 @@ def _likely(far: float, logp: Tensor, behavior_logp: Tensor, valid: Tensor) -> s
         rolled = (logp - behavior_logp.roll(-by)).double()[valid]
         if float(rolled[rolled.isfinite()].abs().mean()) < far / 2:
             return f"off by one? It fits {what}: behavior_logp[:, t] belongs to ids[:, t]."
-    return (
-        "off by one (behavior_logp[:, t] belongs to ids[:, t]), another temperature or softcap than the sampler's, other token "
-        "ids or attention masks (left padding needs position ids)?"
-    )
+    return UNKNOWN
 
 
 def _one_sided(ratio: Tensor, far: float) -> tuple[str, str] | None:
@@ -85,9 +98,12 @@ def _one_sided(ratio: Tensor, far: float) -> tuple[str, str] | None:
     below, above = int((ratio < -1e-4).sum()), int((ratio > 1e-4).sum())
     if below + above < ENOUGH_TOKENS or far < NOTICEABLE or below < ONE_SIDED * (below + above):
         return None
-    return "support", (
-        f"log pi < log mu at {below} of the {below + above} tokens where they differ, by {far:.2g} nats a token: the "
-        "sampler's probabilities seem to be over a part of the vocabulary (top-p, top-k, min-p), whose mass is missing from "
-        "pi. Weights then vanish together while ESS looks healthy. Sample from the whole vocabulary, or record unrestricted "
-        "log-probabilities."
+    return "support", _of_part(f"{below} of the {below + above} tokens where they differ", far)
+
+
+def _of_part(where: str, far: float) -> str:
+    return (
+        f"log pi < log mu at {where}, by {far:.2g} nats a token: the sampler's probabilities seem to be over a part of the "
+        "vocabulary (top-p, top-k, min-p), whose mass is missing from pi. Weights then vanish together while ESS looks "
+        "healthy. Sample from the whole vocabulary, or record unrestricted log-probabilities."
     )

@@ -42,6 +42,7 @@ from vcpo_kernels.integrations.trl.window import (
     split_rows,
     window_of,
 )
+from vcpo_kernels.sequences.behavior import warn_of_means
 
 PAPER = {
     "title": "Stable Asynchrony: Variance-Controlled Off-Policy RL for LLMs",
@@ -215,6 +216,8 @@ class VCPOTrainer(GRPOTrainer):
             self._ess_step.observe(window.ess)
             if self.accelerator.is_main_process:
                 watch_idleness(self._idle, metrics, batches)
+                means = (metrics["log_ratio_abs_mean"], metrics["log_ratio_negative_fraction"])
+                warn_of_means(type(self).__name__, window.num_tokens, *means)
         self._log_window(window, metrics, batches, mode)
         return ready
 

@@ -92,6 +92,11 @@ class Window:
         named = dict(zip((*METRICS, "baseline_mean"), values, strict=True))
         return named | {name: self.token_mean(column) for name, column in _OF_TOKENS.items()}
 
+    @property
+    def num_tokens(self) -> float:
+        """Of all ranks."""
+        return float(self.columns[:, COLUMNS.index("length")].sum())
+
     def token_mean(self, column: str) -> float:
         """Mean over the window's tokens of a summed column. NaN tokens (of dropped sequences) are left out."""
         values, lengths = self.columns[:, COLUMNS.index(column)], self.columns[:, COLUMNS.index("length")]
