@@ -31,6 +31,7 @@ def test_trl(tmp_path: Path) -> None:
     class Restricted(trl_setup.Rollouts):
         def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
             made = super().__call__(prompts, trainer)
+            made["completion_ids"] = [ids * 4 for ids in made["completion_ids"]]  # enough tokens to tell
             made["logprobs"] = [
                 logp_of(trainer, p, c) for p, c in zip(made["prompt_ids"], made["completion_ids"], strict=True)
             ]
