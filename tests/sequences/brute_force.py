@@ -1,4 +1,4 @@
-"""Section 2 of the design in plain Python floats, one sequence at a time: what the fast code is held against.
+"""The design's formulas in plain Python floats, one sequence at a time: what the fast code is held against.
 
 Nothing here is shared with the package, so that a mistake there cannot hide here. Also: `lay_out`, which puts
 the same ragged sequences into each layout that `Segments` knows.
