@@ -86,9 +86,6 @@ def forward(
     ess_log_w = log_w if ess_max_weight is None else log_w.clamp(max=math.log(ess_max_weight))
     moments = ess_moments(torch.where(ok, ess_log_w.double(), math.nan), nonempty)
     ess, ratio = ess_from_moments(moments)
-    taking_part = ok.sum().clamp(min=1).double()
-    members = baselines.grouped("sum", ok.double(), ids, num_groups, 0.0)
-    seen = members > 0
     metrics = torch.stack(
         [
             ess,
@@ -96,18 +93,33 @@ def forward(
             nonempty.sum().double(),
             lengths.sum(),
             (nonempty & ~ok).sum().double(),
-            (ok & (big_l > clip)).sum() / taking_part,
-            torch.where(ok, big_l, 0.0).sum() / taking_part,
-            torch.where(ok.any(), torch.where(ok, big_l, -math.inf).amax(), 0.0) if batch else ess,
-            torch.where(ok, r, 0.0).sum() / taking_part,
-            advantages.square().sum() / taking_part,
-            (equal & seen).sum() / seen.sum().clamp(min=1).double(),
-            (members == 1).sum().double(),
+            *_sequence_metrics(ok, big_l, clip, r, advantages),
+            *_group_metrics(ok, equal, ids, num_groups),
             *_log_ratio_metrics(logp - behavior_logp, total),
         ]
     )
     as_given = (t.to(dtype) for t in (baseline, advantages, coefficients, metrics))
     return SequenceResults(log_w, lengths.to(dtype), moments, *as_given)
+
+
+def _sequence_metrics(ok: Tensor, log_w: Tensor, clip: float, rewards: Tensor, advantages: Tensor) -> list[Tensor]:
+    """Of the sequences that take part (ok [B]): share truncated, mean and highest L_i, mean reward and squared advantage."""
+    taking_part = ok.sum().clamp(min=1).double()
+    highest = torch.where(ok, log_w, -math.inf).amax() if len(ok) else log_w.new_zeros(())
+    return [
+        (ok & (log_w > clip)).sum() / taking_part,
+        torch.where(ok, log_w, 0.0).sum() / taking_part,
+        torch.where(ok.any(), highest, 0.0),
+        torch.where(ok, rewards, 0.0).sum() / taking_part,
+        advantages.square().sum() / taking_part,
+    ]
+
+
+def _group_metrics(ok: Tensor, equal: Tensor, ids: Tensor, num_groups: int) -> list[Tensor]:
+    """Share of the groups seen whose rewards are all equal, and how many have one sequence. ok, equal, ids: [B]."""
+    members = baselines.grouped("sum", ok.double(), ids, num_groups, 0.0)
+    seen = members > 0
+    return [(equal & seen).sum() / seen.sum().clamp(min=1).double(), (members == 1).sum().double()]
 
 
 def _log_ratio_metrics(log_ratio: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
