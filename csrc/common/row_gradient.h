@@ -13,9 +13,12 @@ namespace vcpo {
 
 // d logits_v = p_v (k1 t_v + k0), t_v = log2 p_v = u_v - lse2; the target's entry apart (target_index -1: not in
 // sight).
+//
+// t_v = (value_v - reference) scale + offset, with a reference that is some float next to the row's largest value: its
+// distance from an entry loses nothing where |u| is large, as u_v - lse2 would.
 struct RowGradient {
-  double lse2;
-  float k0, k1, target;
+  Log2Sum lse2;
+  float reference, offset, k0, k1, target;
   std::int64_t target_index;
 };
 
@@ -36,14 +39,30 @@ struct TokenGradients {
   }
 };
 
-// z_y: the sampled token's logit. y: its index in the row, -1 where it is not in sight. log2 p_v needs lse to more
-// digits than fp32 gives it where |lse| is large. u_y - logp has them, unless logp itself is large: the smaller of the
-// two numbers was rounded less. A NaN logp makes the whole row NaN.
-VCPO_HOST_DEVICE inline RowGradient row_gradient(double z_y, std::int64_t y, const TokenGradient& t,
+// lse in base 2, of what was saved. z_y: the sampled token's logit. log2 p_v needs lse to more digits than fp32 gives
+// it where |lse| is large. u_y - logp has them, unless logp itself is large: the smaller of the two numbers was rounded
+// less.
+VCPO_HOST_DEVICE inline Log2Sum saved_lse2(double z_y, const TokenGradient& t, const RowScale& s) {
+  const double u = (s.softcap && z_y > -INFINITY ? std::tanh(z_y * s.inv_softcap) : z_y) * s.scale;
+  if (std::abs(t.lse) <= std::abs(t.logp)) return {t.lse * kLog2e, 0.0};
+  return {u, -t.logp * kLog2e};
+}
+
+// Whether both are so large that p is good to 2e-6 no more, as where a temperature near 0 meets a token that is not the
+// likeliest. A whole row's sums are then taken again; a block of one has nothing better.
+VCPO_HOST_DEVICE inline bool lost_digits(const TokenGradient& t) {
+  constexpr float kKept = 32.0f;                               // of which half an ulp is 1.9e-6
+  return std::abs(t.lse) > kKept && std::abs(t.logp) > kKept;  // false for NaN
+}
+
+// y: the sampled token's index in the row, -1 where it is not in sight. A NaN logp makes the whole row NaN.
+VCPO_HOST_DEVICE inline RowGradient row_gradient(Log2Sum lse2, std::int64_t y, const TokenGradient& t,
                                                  const Scaling& scaling, const RowScale& s) {
   RowGradient out;
-  const double u = (s.softcap && z_y > -INFINITY ? std::tanh(z_y * s.inv_softcap) : z_y) * s.scale;
-  out.lse2 = std::abs(t.lse) <= std::abs(t.logp) ? t.lse * kLog2e : u - t.logp * kLog2e;
+  if (std::isnan(t.logp)) lse2.above = NAN;
+  out.lse2 = lse2;
+  out.reference = static_cast<float>((lse2.leading + lse2.above) / s.scale);
+  out.offset = static_cast<float>(static_cast<double>(out.reference) * s.scale - lse2.leading - lse2.above);
   const double inv_t = 1.0 / scaling.temperature, g = t.g, h = t.h, logp = t.logp;
   out.k0 = static_cast<float>(-(g + h * t.entropy) * inv_t);
   out.k1 = static_cast<float>(-h * kLn2 * inv_t);

@@ -17,7 +17,7 @@
 namespace vcpo {
 
 // One row, for each dtype (indexed by Dtype). `stream`: write around the cache.
-using ForwardRow = RowStatistics (*)(const void* row, std::int64_t vocabulary, std::int64_t target, const RowScale&);
+using ForwardRow = RowSummary (*)(const void* row, std::int64_t vocabulary, std::int64_t target, const RowScale&);
 using BackwardRow = void (*)(void* out, const void* row, std::int64_t vocabulary, const RowGradient&, const RowScale&,
                              bool stream);
 
@@ -27,8 +27,8 @@ struct Kept {
   float* exponentials;
   double* references;
 };
-using KeepingForwardRow = RowStatistics (*)(const void* row, std::int64_t vocabulary, std::int64_t target,
-                                            const RowScale&, const Kept&);
+using KeepingForwardRow = RowSummary (*)(const void* row, std::int64_t vocabulary, std::int64_t target, const RowScale&,
+                                         const Kept&);
 // c d logp / d logits: a RowGradient without an entropy's part (k1 = 0), its target in sight and no statistic NaN.
 using KeptBackwardRow = void (*)(void* out, const void* row, std::int64_t vocabulary, const RowGradient&,
                                  const RowScale&, const Kept&, bool stream);

@@ -58,6 +58,8 @@ struct Simd {
   // error 1.6e-7.
   static constexpr float kMinExponent = -127.0f;
   static F floor_exponent(F t) { return max(set1(kMinExponent), t); }
+  // For a t that may be above 0 too. The exponent field would wrap: 2^512 were 1. 2^127 has a square that shows.
+  static F held_exponent(F t) { return floor_exponent(min(set1(127.0f), t)); }
   static F exp2(F t) {
     const F magic = set1(12582912.0f), n = add(t, magic), f = sub(t, sub(n, magic));
     F p = set1(0x1.5bb994p-10f);

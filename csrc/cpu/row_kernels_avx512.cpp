@@ -57,6 +57,7 @@ struct Simd {
   // of t, so that no integer arithmetic is left: 7 instructions. Minimax on [0, 1), 2^0 = 1 exactly; error 1.4e-7.
   static constexpr float kMinExponent = -200.0f;
   static F floor_exponent(F t) { return max(set1(kMinExponent), t); }
+  static F held_exponent(F t) { return floor_exponent(t); }  // vscalefps makes inf of what is too large
   static F exp2(F t) {
     const F f = _mm512_reduce_ps(t, 0x09);
     F p = set1(0x1.e976b4p-10f);

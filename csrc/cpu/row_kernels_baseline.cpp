@@ -60,6 +60,7 @@ struct Simd {
   // As in row_kernels_avx2.cpp.
   static constexpr float kMinExponent = -127.0f;
   static F floor_exponent(F t) { return max(set1(kMinExponent), t); }
+  static F held_exponent(F t) { return floor_exponent(min(set1(127.0f), t)); }
   static F exp2(F t) {
     const F magic = set1(12582912.0f), n = t + magic, f = t - (n - magic);
     // Pairs first (Estrin): without fused operations Horner's ten steps in a row are all latency.

@@ -58,7 +58,7 @@ void score_rows(const Output& out, const Rows& rows, const Tokens& tokens, const
   for_each_row(rows, place.threads, plan.chunk_bytes, [&](std::int64_t o, std::int64_t i) {
     const Token token = token_of(rows, tokens, o, i);
     char* d = output_at(out, rows.dtype, o, i);
-    RowStatistics stats{};
+    RowSummary stats{};
     float c = 0.0f;
     if (token.valid) {
       const Kept kept = scratch.of_this_thread();
@@ -70,9 +70,8 @@ void score_rows(const Output& out, const Rows& rows, const Tokens& tokens, const
                         : kernel.forward[dtype](row, rows.vocabulary, known ? y : 0, scale);
       if (!known) stats.forget_token();
       if (c != 0.0f) {
-        const double z = known ? element(row, rows.dtype, y) : NAN;
         const TokenGradient saved{stats.logp, stats.entropy, stats.lse, c, 0.0f};
-        const RowGradient gradient = row_gradient(z, known ? y : -1, saved, scaling, scale);
+        const RowGradient gradient = row_gradient(stats.lse2, known ? y : -1, saved, scaling, scale);
         if (std::isnan(stats.logp)) {  // the forward may have stopped on the way
           kernel.backward[dtype](d, row, rows.vocabulary, gradient, scale, plan.stream);
         } else {

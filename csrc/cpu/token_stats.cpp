@@ -26,6 +26,7 @@ void token_stats_forward(const Rows& rows, const Tokens& tokens, const Scaling& 
 void token_stats_backward(const Output& out, const Rows& rows, const Tokens& tokens, const Scaling& scaling,
                           const TokenGradients& gradients, const CpuPlace& place) {
   const BackwardRow backward = kernels().backward[static_cast<int>(rows.dtype)];
+  const ForwardRow forward = kernels().forward[static_cast<int>(rows.dtype)];
   const RowScale scale = row_scale(scaling);
   const WritePlan plan = write_plan(out, rows, place.threads);
   for_each_row(rows, place.threads, plan.chunk_bytes, [&](std::int64_t o, std::int64_t i) {
@@ -41,8 +42,10 @@ void token_stats_backward(const Output& out, const Rows& rows, const Tokens& tok
     const std::int64_t y = tokens.ids[token.at];
     const bool known = y >= 0 && y < rows.vocabulary, block = gradients.target_logits != nullptr;
     const double z = block ? gradients.target_logits[token.at] : known ? element(row, rows.dtype, y) : NAN;
-    const RowGradient gradient =
-        row_gradient(z, known ? y : -1, gradients.of(token.at, known || block, g, h), scaling, scale);
+    const TokenGradient saved = gradients.of(token.at, known || block, g, h);
+    const Log2Sum lse2 = known && !block && lost_digits(saved) ? forward(row, rows.vocabulary, y, scale).lse2
+                                                               : saved_lse2(z, saved, scale);
+    const RowGradient gradient = row_gradient(lse2, known ? y : -1, saved, scaling, scale);
     backward(d, row, rows.vocabulary, gradient, scale, plan.stream);
   });
 }

@@ -9,24 +9,16 @@
 
 namespace vcpo {
 
-// d logits_v = p_v (k1 log2 p_v + k0), p_v = exp2(u_v - lse2), through the softcap; the sampled token's apart. 5.5
-// instructions an entry of bf16 without a gradient to the entropy: 1 to unpack, fma, subtract, ex2, multiply, half a
-// pack.
+// d logits_v = p_v (k1 log2 p_v + k0) through the softcap; the sampled token's apart. 5.5 instructions an entry of bf16
+// without a gradient to the entropy: 1 to unpack, subtract, fma, ex2, multiply, half a pack.
 template <bool kSoftcap, bool kEntropy>
 struct GradientOf {
   RowScale s;
-  float high, low;  // of lse2, which one float would round by 1e-3 where it is 1e4
-  float k0, k1, target;
+  float reference, offset, k0, k1, target;
   std::int64_t y;
 
   VCPO_DEVICE GradientOf(const RowGradient& g, const RowScale& scale)
-      : s(scale),
-        high(static_cast<float>(g.lse2)),
-        low(static_cast<float>(g.lse2 - static_cast<double>(high))),
-        k0(g.k0),
-        k1(g.k1),
-        target(g.target),
-        y(g.target_index) {}
+      : s(scale), reference(g.reference), offset(g.offset), k0(g.k0), k1(g.k1), target(g.target), y(g.target_index) {}
 
   template <class C>
   VCPO_DEVICE void apply(std::int64_t chunk, int lane, float (&z)[C::kEntries]) const {
@@ -43,7 +35,7 @@ struct GradientOf {
 #pragma unroll
     for (int j = 0; j < C::kEntries; ++j) {
       const float value = value_of<kSoftcap>(z[j], s);
-      const float t = fmaf(value, s.scale, -high) - low;
+      const float t = fmaf(value - reference, s.scale, offset);
       z[j] = device::exp2_fast(t) * (kEntropy ? fmaf(fmaxf(t, kExponentFloor), k1, k0) : k0);
       if (kHasTarget && C::entry_offset(j) == at) z[j] = target;
       if constexpr (kSoftcap) z[j] *= 1.0f - fminf(1.0f, value * value);  // 0, not 0 * inf, at -inf

@@ -32,8 +32,10 @@ VCPO_DEVICE void leave_out(std::int64_t y, std::int64_t chunk, int lane, float (
   for (int j = 0; j < C::kEntries; ++j) z[j] = C::entry_offset(j) == at ? -INFINITY : z[j];
 }
 
-// A lane's state with its entries of a chunk added. 8 instructions an entry of bf16: 1 to unpack, max, fma, ex2, and 4
-// for the three sums, of which max once more keeps -inf * 0 out; the rescaling is once a chunk.
+// A lane's state, relative to a value, with its entries of a chunk added. 9 instructions an entry of bf16: 1 to unpack,
+// max, subtract, multiply, ex2, and 4 for the three sums, of which max once more keeps -inf * 0 out; the rescaling is
+// once a chunk. One fma in place of subtract and multiply would be relative to u, which at 1e10 is rounded by a
+// thousand binades; an H100 issues 19 in the time that 3 TB/s bring an entry.
 template <bool kSoftcap, int kEntries>
 VCPO_DEVICE void absorb(RowState<float>& state, float (&z)[kEntries], const RowScale& s) {
   float top = -INFINITY;
@@ -42,17 +44,16 @@ VCPO_DEVICE void absorb(RowState<float>& state, float (&z)[kEntries], const RowS
     z[j] = value_of<kSoftcap>(z[j], s);
     top = fmaxf(top, z[j]);
   }
-  const float u = top * s.scale;
-  if (u > state.reference) {
-    state = rebased(state, u - state.reference);
-    state.reference = u;
+  if (top > state.reference) {
+    state = rebased(state, top, s.scale);
+    state.reference = top;
   }
   const float from = state.reference == -INFINITY ? 0.0f : state.reference;
   // Sums of one chunk apart: a long row's error grows with its chunks, not with its entries.
   float sum_exp = 0, sum_centred = 0, sum_sq = 0;
 #pragma unroll
   for (int j = 0; j < kEntries; ++j) {
-    const float t = fmaf(z[j], s.scale, -from);
+    const float t = (z[j] - from) * s.scale;
     const float e = device::exp2_fast(t);
     sum_exp += e;
     sum_centred = fmaf(fmaxf(t, kExponentFloor), e, sum_centred);
@@ -68,28 +69,28 @@ VCPO_DEVICE float warp_sum(float x) {
 }
 
 // All lanes' states as one, which every lane gets, bit for bit the same.
-VCPO_DEVICE RowState<float> merged_in_warp(const RowState<float>& own) {
+VCPO_DEVICE RowState<float> merged_in_warp(const RowState<float>& own, float scale) {
   float reference = own.reference;
 #pragma unroll
   for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
     reference = fmaxf(reference, device::shuffle_xor(reference, lanes));
-  const RowState<float> s = own.reference == reference ? own : rebased(own, reference - own.reference);
+  const RowState<float> s = rebased(own, reference, scale);
   return {reference, warp_sum(s.sum_exp), warp_sum(s.sum_centred), warp_sum(s.sum_sq)};
 }
 
 // One state a lane, of up to 32 that lie in memory.
 template <class At>
-VCPO_DEVICE RowState<float> merged_from(int count, int lane, const At& at) {
-  return merged_in_warp(lane < count ? at(lane) : empty_row_state<float>());
+VCPO_DEVICE RowState<float> merged_from(int count, int lane, float scale, const At& at) {
+  return merged_in_warp(lane < count ? at(lane) : empty_row_state<float>(), scale);
 }
 
 // All lanes' states of a block as one, which every thread gets. `warps`: one place a warp in shared memory.
-VCPO_DEVICE RowState<float> merged_in_block(const RowState<float>& own, RowState<float>* warps, int count, int warp,
-                                            int lane) {
-  const RowState<float> of_warp = merged_in_warp(own);
+VCPO_DEVICE RowState<float> merged_in_block(const RowState<float>& own, float scale, RowState<float>* warps, int count,
+                                            int warp, int lane) {
+  const RowState<float> of_warp = merged_in_warp(own, scale);
   if (lane == 0) warps[warp] = of_warp;
   device::block_sync();
-  return merged_from(count, lane, [&](int w) { return warps[w]; });
+  return merged_from(count, lane, scale, [&](int w) { return warps[w]; });
 }
 
 // A sampled token: its index in the row (any where the id is not of the vocabulary), its logit.
@@ -106,10 +107,9 @@ VCPO_DEVICE Target target_of(const T* row, std::int64_t vocabulary, std::int64_t
 }
 
 template <bool kSoftcap>
-VCPO_DEVICE RowStatistics statistics_of(const RowState<float>& rest, const Target& target, const RowScale& s) {
-  const float value = value_of<kSoftcap>(target.z, s);
-  const float u = rest.sum_exp == 0 ? value * s.scale : fmaf(value, s.scale, -rest.reference);
-  RowStatistics stats = statistics_of(rest, u);
+VCPO_DEVICE RowSummary statistics_of(const RowState<float>& rest, const Target& target, const RowScale& s) {
+  const double value = value_of<kSoftcap>(target.z, s);
+  RowSummary stats = statistics_of(rest, value * s.scale, s.scale);
   if (!target.known) stats.forget_token();
   return stats;
 }

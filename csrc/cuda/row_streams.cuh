@@ -5,7 +5,7 @@
 //   AsyncStream   aligned rows before: the same ring, filled by 16-byte copies; a lane reads only what it copied
 //   itself,
 //                 so that nothing but its own copies is ever waited for.
-//   DirectStream  other rows: single entries, through registers.
+//   DirectStream  other rows, as single entries, and what is read too rarely for a ring: through registers.
 //
 // Little's law asks an H100 for 3.35 TB/s x 0.7 us / 132 = 18 KB in flight on each multiprocessor. A ring of 3 chunks
 // of 2 KB is 24 KB a block of 4 warps, 9 blocks fit. All of this is arithmetic, no GPU has measured it.
@@ -141,10 +141,10 @@ struct AsyncStream {
   }
 };
 
-template <class T, int kWarps_, int kVectors>
+template <class T, int kWarps_, int kVectors, bool kAligned = false>
 struct DirectStream {
   static constexpr bool kNeedsBulk = false;
-  using C = Chunk<T, false, kVectors>;
+  using C = Chunk<T, kAligned, kVectors>;
   static constexpr int kWarps = kWarps_;
   static constexpr std::size_t kSharedBytes = 0;
 

@@ -16,10 +16,10 @@
 
 namespace vcpo {
 
-VCPO_DEVICE RowGradient score_gradient(const Target& target, const RowStatistics& stats, float c,
-                                       const Scaling& scaling, const RowScale& scale) {
+VCPO_DEVICE RowGradient score_gradient(const Target& target, const RowSummary& stats, float c, const Scaling& scaling,
+                                       const RowScale& scale) {
   const TokenGradient saved{stats.logp, stats.entropy, stats.lse, c, 0.0f};
-  return row_gradient(target.z, target.known ? target.y : -1, saved, scaling, scale);
+  return row_gradient(stats.lse2, target.known ? target.y : -1, saved, scaling, scale);
 }
 
 // coefficients may be null: all 1.
@@ -56,7 +56,7 @@ score_rows_kernel(const Output out, const Rows rows, const Tokens tokens, const 
   const RowState<float> rest =
       row_state<Stream, kSoftcap>(stream, row, rows.vocabulary, target.y, scale, warps, warp, lane);
   if (device::thread() == 0) {
-    const RowStatistics stats = statistics_of<kSoftcap>(rest, target, scale);
+    const RowSummary stats = statistics_of<kSoftcap>(rest, target, scale);
     statistics.write(token.at, stats);
     *gradient = score_gradient(target, stats, c, scaling, scale);
   }
@@ -163,16 +163,16 @@ score_rows_cluster_kernel(const Output out, const Rows rows, const Tokens tokens
     leave_out<C>(target.y, chunk, lane, z);
     absorb<kSoftcap>(state, z, scale);
   }
-  state = merged_in_block(state, warps, kWarps, warp, lane);
+  state = merged_in_block(state, scale.scale, warps, kWarps, warp, lane);
   if (device::thread() == 0) *of_block = state;
   device::cluster_sync();  // every block's state is there, and every block has read its slice and the target
-  state = merged_from(blocks, lane, [&](int other) {
+  state = merged_from(blocks, lane, scale.scale, [&](int other) {
     static_assert(sizeof(RowState<float>) == sizeof(float4), "a further sum takes a second load");
     const float4 s = device::load_of_block(of_block, other);
     return RowState<float>{s.x, s.y, s.z, s.w};
   });
   if (device::thread() == 0) {
-    const RowStatistics stats = statistics_of<kSoftcap>(state, target, scale);
+    const RowSummary stats = statistics_of<kSoftcap>(state, target, scale);
     if (rank == 0) statistics.write(token.at, stats);
     *gradient = score_gradient(target, stats, c, scaling, scale);
   }

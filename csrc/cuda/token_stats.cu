@@ -50,7 +50,7 @@ void token_stats_backward(const Output& out, const Rows& rows, const Tokens& tok
   device_of(place.device, purpose);
   const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
   const RowScale scale = row_scale(scaling);
-  const Shape shape{kBackward.warps, sizeof(RowGradient)};
+  const Shape shape{kBackward.warps, sizeof(RowGradient) + kBackward.warps * sizeof(RowState<float>)};
   with_type(rows.dtype, [&](auto zero) {
     using T = decltype(zero);
     with_flag(is_aligned(rows) && is_aligned(out, rows.dtype), [&](auto aligned) {

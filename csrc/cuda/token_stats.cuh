@@ -1,5 +1,6 @@
 // token_stats: one block a row. Forward: one read of the row, 16 bytes written. Backward: one read, one write; a row
-// whose gradients are 0 is one write, and a masked row is not read at all.
+// whose gradients are 0 is one write, a masked row is not read at all, and one whose statistics lost p's digits when
+// they were saved (lost_digits) is read twice.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +31,7 @@ VCPO_DEVICE RowState<float> row_state(const Stream& stream, const T* row, std::i
     leave_out<C>(y, chunk, lane, z);
     absorb<kSoftcap>(state, z, scale);
   });
-  return merged_in_block(state, warps, Stream::kWarps, warp, lane);
+  return merged_in_block(state, scale.scale, warps, Stream::kWarps, warp, lane);
 }
 
 template <class Stream, bool kSoftcap, int kBlocks>
@@ -72,13 +73,21 @@ token_stats_backward_kernel(const Output out, const Rows rows, const Tokens toke
 
   const T* row = row_at<T>(rows, position);
   RowGradient* shared = reinterpret_cast<RowGradient*>(device::shared_memory());
+  const bool block = gradients.target_logits != nullptr;
+  const Target target = target_of(row, rows.vocabulary, tokens.ids[token.at]);
+  const TokenGradient saved = gradients.of(token.at, target.known || block, g, h);
+  RowState<float> rest;
+  const bool again = !block && lost_digits(saved);  // the same for every thread
+  if (again) {
+    using Stream = DirectStream<T, kWarps, C::kVectors, C::aligned>;
+    const Stream stream(nullptr, row, rows.vocabulary / C::kSize, warp, lane);
+    RowState<float>* warps = reinterpret_cast<RowState<float>*>(shared + 1);
+    rest = row_state<Stream, kSoftcap>(stream, row, rows.vocabulary, target.y, scale, warps, warp, lane);
+  }
   if (device::thread() == 0) {
-    const std::int64_t id = tokens.ids[token.at];
-    const bool block = gradients.target_logits != nullptr;
-    const Target target = target_of(row, rows.vocabulary, id);
     const float z = block ? gradients.target_logits[token.at] : target.z;
-    const TokenGradient saved = gradients.of(token.at, target.known || block, g, h);
-    *shared = row_gradient(z, target.known ? target.y : -1, saved, scaling, scale);
+    const Log2Sum lse2 = again ? statistics_of<kSoftcap>(rest, target, scale).lse2 : saved_lse2(z, saved, scale);
+    *shared = row_gradient(lse2, target.known ? target.y : -1, saved, scaling, scale);
   }
   device::block_sync();  // in place, the target is read before anything is written
   write_gradient<C>(row_out, row, rows.vocabulary, part, lane, GradientOf<kSoftcap, kEntropy>(*shared, scale));

@@ -60,6 +60,12 @@ constexpr vcpo::Dtype dtype_of() {
                                              : vcpo::Dtype::kFloat16;
 }
 
+// The dtype's most negative finite number, as float: what a mask fills with.
+template <class T>
+float lowest() {
+  return dtype_of<T>() == vcpo::Dtype::kFloat16 ? -65504.0f : vcpo::to_float(T{vcpo::from_float<T>(-3.3895314e38f)});
+}
+
 struct Expected {
   double logp, entropy, score, lse;
   std::vector<double> p;

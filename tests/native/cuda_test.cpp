@@ -61,11 +61,14 @@ struct Batch {
       target[i] = vcpo::to_float(row(r)[ids[i]]);
     }
     ids[3] = -100, ids[5] = vocabulary;
-    for (std::int64_t v = 0; v < vocabulary; ++v) {  // row 2: hidden vocabulary; row 4: one peak; masked row 3: NaN
+    // row 1: one choice and a fill; 2: hidden vocabulary; 4: one peak; 7: a peak elsewhere (lost_digits); masked 3: NaN
+    for (std::int64_t v = 0; v < vocabulary; ++v) {
+      if (v != ids[1]) row(1)[v] = vcpo::from_float<T>(lowest<T>());
       if (v % 2 == 0 && v != ids[2]) row(2)[v] = vcpo::from_float<T>(-INFINITY);
       row(3)[v] = vcpo::from_float<T>(NAN);
     }
     row(4)[ids[4]] = vcpo::from_float<T>(40.0f);
+    row(7)[(ids[7] + 1) % vocabulary] = vcpo::from_float<T>(900.0f);
     before.assign(z.data(), z.data() + z.size());
   }
 
@@ -151,6 +154,10 @@ std::size_t shared_of() {
   return Stream::kSharedBytes + Stream::kWarps * sizeof(vcpo::RowState<float>) + sizeof(vcpo::RowGradient);
 }
 
+std::size_t backward_shared(int warps) {
+  return sizeof(vcpo::RowGradient) + static_cast<std::size_t>(warps) * sizeof(vcpo::RowState<float>);
+}
+
 template <class Stream>
 void run_forward(Batch<typename Stream::C::T>& b, Launch::Order order) {
   const Launch launch{b.kCount, Stream::kWarps * vcpo::kLanes, 1, shared_of<Stream>(), order};
@@ -166,7 +173,7 @@ void run_backward(Batch<typename C::T>& b, bool inplace, bool entropy, const flo
   constexpr int kWarps = vcpo::kBackward.warps;
   const vcpo::TokenGradients gradients{
       b.logp.data(), b.entropy.data(), b.lse.data(), b.g.data(), entropy ? b.h.data() : nullptr, targets};
-  const Launch launch{b.kCount, kWarps * vcpo::kLanes, 1, sizeof(vcpo::RowGradient),
+  const Launch launch{b.kCount, kWarps * vcpo::kLanes, 1, backward_shared(kWarps),
                       inplace ? Launch::kBackward : Launch::kForward};
   vcpo::device::run(launch, [&] {
     const auto kernel = entropy ? vcpo::token_stats_backward_kernel<C, kWarps, kSoftcap, true, 1>
@@ -236,6 +243,8 @@ void check_block_backward() {
   using C = vcpo::Chunk<T, true, vcpo::kBackward.vectors>;
   Batch<T> whole(kVocabulary, 704, Guarded<T>::kBegin, 0.0f), b(kVocabulary, 704, Guarded<T>::kBegin, 0.0f);
   whole.ids[5] = b.ids[5] = 3;
+  for (Batch<T>* batch : {&whole, &b})  // a block cannot have lost digits again
+    batch->row(7)[batch->ids[7] + 1] = vcpo::from_float<T>(1.0f);
   run_forward<vcpo::DirectStream<T, 1, 4>>(whole, Launch::kForward);
   run_backward<C, false>(whole, false, true, nullptr);
   run_forward<vcpo::DirectStream<T, 1, 4>>(b, Launch::kForward);
@@ -251,7 +260,7 @@ void check_block_backward() {
     out.data = b.grad.data() + begin;
     const vcpo::TokenGradients gradients{b.logp.data(), b.entropy.data(), b.lse.data(),
                                          b.g.data(),    b.h.data(),       b.target.data()};
-    const Launch launch{b.kCount, 4 * vcpo::kLanes, 1, sizeof(vcpo::RowGradient), Launch::kForward};
+    const Launch launch{b.kCount, 4 * vcpo::kLanes, 1, backward_shared(4), Launch::kForward};
     vcpo::device::run(launch, [&] {
       vcpo::token_stats_backward_kernel<C, 4, false, true, 1>(out, rows, {ids.data(), b.mask.data(), false}, b.scaling,
                                                               b.scale(), gradients);

@@ -104,14 +104,13 @@ def backward(
     known = (ids >= 0) & (ids < rows.shape[-1])
     target = torch.where(known, ids, 0).unsqueeze(-1)
 
-    # log p_v from lse, or as (x_v - x_y) + logp: the smaller of lse and logp was rounded less.
     logp_rows, lse_rows, entropy_rows = (_to_rows(t, shift).double().unsqueeze(-1) for t in (logp, lse, entropy))
-    by_lse = lse_rows.abs() <= logp_rows.abs()
     if target_logits is None:
-        x_target = x.gather(-1, target)
-    else:
+        log_p = torch.log_softmax(x, -1)
+    else:  # from lse, or as (x_v - x_y) + logp: the smaller of lse and logp was rounded less
         x_target = _scaled(_to_rows(target_logits, shift), temperature, softcap).unsqueeze(-1)
-    log_p = torch.where(by_lse, x - lse_rows, (x - x_target) + logp_rows)
+        by_lse = lse_rows.abs() <= logp_rows.abs()
+        log_p = torch.where(by_lse, x - lse_rows, (x - x_target) + logp_rows)
     p = log_p.exp()
     dx = -g * p - h * torch.where(p > 0, p * (log_p + entropy_rows), 0.0)
     p_target = torch.exp(logp_rows)
