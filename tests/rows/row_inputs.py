@@ -71,6 +71,15 @@ def _late_peak(z: Tensor, ids: Tensor) -> None:
     z[:, -(z.shape[-1] // 4 + 1)] = z.amax(-1) + torch.linspace(8, 10, z.shape[0])
 
 
+def _filled(z: Tensor, ids: Tensor) -> None:
+    """All but one entry at a large finite fill, as constrained decoding masks: u where an ulp is a thousand binades, or out of
+    fp32's range. The one is the token, or in every second row is not; row 4 has none.
+    """
+    for row, fill in enumerate((-3.4e38, -1e10, -1e20, -1e30, -1e9)[: z.shape[0]]):
+        z[row] = fill
+        z[row, (ids[row] + row % 2) % z.shape[1]] = 0.5 if row < 4 else fill
+
+
 KINDS = {
     f.__name__[1:]: f
     for f in (
@@ -85,6 +94,7 @@ KINDS = {
         _offset,
         _rising,
         _late_peak,
+        _filled,
     )
 }
 
@@ -94,4 +104,5 @@ def make(kind: str, rows: int, vocabulary: int, dtype: torch.dtype) -> tuple[Ten
     z = torch.randn(rows, vocabulary)
     ids = torch.randint(0, vocabulary, (rows,))
     KINDS[kind](z, ids)
-    return z.to(dtype), ids
+    lowest = torch.finfo(dtype).min  # what is below it, and finite, stays finite
+    return torch.where(z.isfinite(), z.clamp(min=lowest), z).to(dtype), ids

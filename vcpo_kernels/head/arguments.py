@@ -12,6 +12,10 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head.operands import HeadInputs
 from vcpo_kernels.rows.token_stats import checked_tokens
 
+# A GEMM's logits are good to some ulps, and the lean backward has log p from statistics in fp32: logits of size z leave
+# log p an error of about 1e-7 z / temperature.
+LEAST_TEMPERATURE = 1e-3
+
 
 def checked(
     check: Check,
@@ -43,7 +47,14 @@ def checked(
     ids, mask, temperature, softcap = checked_tokens(
         check, "hidden", "H", hidden, token_ids, mask, temperature, softcap, shift
     )
-    return HeadInputs(*_in_one_dtype(hidden, weight, bias), ids, mask, temperature, softcap, shift)
+    operands = _in_one_dtype(hidden, weight, bias)
+    if temperature < LEAST_TEMPERATURE and operands[0].dtype != torch.float64:
+        raise check.value_error(
+            f"temperature must be at least {LEAST_TEMPERATURE:g}, got {temperature:g}, by which the rounding of "
+            "hidden @ weight.T is divided. Pass float64 operands, or make the logits and give them to token_stats or "
+            "weighted_logp, which take them as exact."
+        )
+    return HeadInputs(*operands, ids, mask, temperature, softcap, shift)
 
 
 def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

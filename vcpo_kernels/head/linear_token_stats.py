@@ -61,7 +61,8 @@ def linear_token_stats(
         hidden: [.., H], bfloat16, float16, float32 (or float64: reference backend), any strides.
         weight: [V, H], an nn.Linear's. Under autocast both are cast as F.linear casts; otherwise two dtypes meet in the
             one torch promotes them to, at the cost of a copy.
-        token_ids, mask, temperature, softcap, shift: as in `token_stats`, with logits [.., V].
+        token_ids, mask, temperature, softcap, shift: as in `token_stats`, with logits [.., V]; but temperature >= 1e-3 (unless
+            in float64), since the rounding of a GEMM is divided by it.
         bias: [V] or None.
         memory: "auto", "fast" or "lean".
         chunk_bytes: size of the buffer for logits. Accumulators beside it, only where they do not fit one chunk:

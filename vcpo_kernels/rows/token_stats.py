@@ -21,6 +21,10 @@ from vcpo_kernels.core.trees import TensorTree
 from vcpo_kernels.rows import views
 from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
 
+LEAST_TEMPERATURE = 1e-30
+# softcap / temperature multiplies the rounding of tanh: 500 times 2^-24, and a little, is what log p may lack.
+LARGEST_SOFTCAP_RATIO = 500.0
+
 
 @dataclass(frozen=True)
 class TokenStats(TensorTree):
@@ -104,8 +108,8 @@ def token_stats(
             contiguous; a view is never copied. -inf entries (masked vocabulary) contribute nothing.
         token_ids: [..], int64 or int32, in [0, V) where the mask is true; elsewhere never looked at (-100 is fine).
         mask: [..], true where the token counts (bool is free; integers and 0/1 floats are converted). None: all count.
-        temperature: divides the logits, > 0.
-        softcap: c above (Gemma-2), or None.
+        temperature: divides the logits, >= 1e-30. Near-greedy ones are as exact as others.
+        softcap: c above (Gemma-2), or None. At most 500 times the temperature, unless logits are float64.
         shift: take a causal LM's raw output: logits [.., T, V] at position t predict token t + 1. Outputs keep
             the shape of token_ids, entry t is about token t, and entry 0 (no prediction) is 0 and takes no gradient.
         inplace_backward: write the gradient over the logits instead of allocating [.., V] again. The logits' version
@@ -185,7 +189,24 @@ def checked_tokens(
         raise check.value_error(f"shift=True wants {name} [.., T, {width}], got {checks.describe(rows)}.")
     temperature = check.positive_float("temperature", temperature)
     softcap = check.optional_positive_float("softcap", softcap)
+    if rows.dtype != torch.float64:
+        _check_range(check, temperature, softcap)
     return token_ids.to(torch.int64), mask, temperature, softcap
+
+
+def _check_range(check: Check, temperature: float, softcap: float | None) -> None:
+    """What fp32 has no exponents or digits for is an error, before it is a NaN."""
+    if temperature < LEAST_TEMPERATURE:
+        raise check.value_error(
+            f"temperature must be at least {LEAST_TEMPERATURE:g}, got {temperature:g}: a gradient, a multiple of "
+            "1 / temperature, leaves fp32's range. 1e-6 is as good as greedy."
+        )
+    if softcap is not None and softcap > LARGEST_SOFTCAP_RATIO * temperature:
+        raise check.value_error(
+            f"softcap / temperature must be at most {LARGEST_SOFTCAP_RATIO:g}, got {softcap:g} / {temperature:g}: log p would "
+            f"lack digits, since tanh has no more than fp32's. Pass temperature >= {softcap / LARGEST_SOFTCAP_RATIO:g}, or "
+            "logits in float64."
+        )
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------

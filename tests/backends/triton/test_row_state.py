@@ -27,7 +27,7 @@ def merge_kernel(out_ptr, state_ptr, z_target, scale, temperature, PIECES: tl.co
     fields = tl.load(state_ptr + piece), tl.load(state_ptr + PIECES + piece)
     sums = tl.load(state_ptr + 2 * PIECES + piece), tl.load(state_ptr + 3 * PIECES + piece)
     reference, sum_exp, centred, square = row_state.merged(fields[0], fields[1], sums[0], sums[1], scale)
-    logp, entropy, score, lse = row_state.statistics_of(
+    logp, entropy, score, lse, _, _ = row_state.statistics_of(
         reference, sum_exp, centred, square, z_target, scale, temperature
     )
     tl.store(out_ptr, logp)

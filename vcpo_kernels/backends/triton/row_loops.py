@@ -116,7 +116,7 @@ def row_statistics(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """logp, entropy, score_sqnorm, lse of a row, and the target's logit after softcap (-inf where unknown)."""
+    """logp, entropy, score_sqnorm, lse of a row, and the pivot of its gradient."""
     full, target_block, plain_blocks, masked_blocks = split(vocabulary, target, BLOCK)
     scale = row_state.LOG2_E / temperature
 
@@ -135,11 +135,11 @@ def row_statistics(
     # Last, since through the loops it would hold a register; the masked one has just read around it.
     z_target = capped(tl.load(row_ptr + target, mask=known, other=float("-inf")).to(tl.float32), softcap)
     reference, sum_exp, sum_centred, sum_sq = row_state.merged(reference, sum_exp, sum_centred, sum_sq, scale)
-    logp, entropy, score, lse = row_state.statistics_of(
+    logp, entropy, score, lse, peak, log_total = row_state.statistics_of(
         reference, sum_exp, sum_centred, sum_sq, z_target, scale, temperature
     )
     nan = float("nan")
-    return tl.where(known, logp, nan), entropy, tl.where(known, score, nan), lse, z_target
+    return tl.where(known, logp, nan), entropy, tl.where(known, score, nan), lse, peak, log_total * temperature
 
 
 @triton.jit
@@ -151,12 +151,18 @@ def store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, token, logp, ent
 
 
 @triton.jit
-def pivot(z_target, logp, lse, temperature):
-    """z_v - high - low = temperature * log p_v, from the target's logit and logp or from lse.
+def lost_digits(logp, lse):
+    """Whether both were so large that p is good to 2e-6 no more. As in csrc/common/row_gradient.h."""
+    return (tl.abs(logp) > 32.0) & (tl.abs(lse) > 32.0)
 
-    Both say the same; the smaller of logp and lse was rounded less when it was saved. The difference z_target
-    - temperature * logp goes on as an exact sum high + low (Knuth), since a rounded one is off by 1e-3 where
-    lse is 1e4.
+
+@triton.jit
+def saved_pivot(z_target, logp, lse, temperature):
+    """The pivot high, low of a row's gradient, from what was saved: z_v - high - low = temperature * log p_v.
+
+    From the target's logit and logp or from lse, which say the same; the smaller of logp and lse was rounded less when it
+    was saved. The difference z_target - temperature * logp goes on as an exact sum high + low (Knuth), since a rounded one
+    is off by 1e-3 where lse is 1e4.
     """
     by_target = tl.abs(logp) <= tl.abs(lse)  # a logp of -inf or NaN: false
     minus_logp = 0.0 - logp * temperature

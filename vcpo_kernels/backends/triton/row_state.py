@@ -110,7 +110,9 @@ def statistics_of(
     scale,
     temperature,
 ):
-    """logp, entropy, score_sqnorm, lse from a row's state and its target. NaN where every logit is -inf."""
+    """logp, entropy, score_sqnorm and lse from a row's state and its target, NaN where every logit is -inf; and lse's two
+    parts, peak / temperature + log_total, which at peak = 1e6 fp32 has no room for in one number.
+    """
     new_reference = tl.maximum(reference, z_target)
     rest, rest_centred, rest_sq = rebased(reference, sum_exp, sum_centred, sum_sq, new_reference, scale)
     centred_target = z_target - finite(new_reference)
@@ -126,7 +128,8 @@ def statistics_of(
     entropy = rest_entropy - tl.where(p_target > 0.0, p_target * logp, 0.0)
     p_rest = rest / total
     score_sqnorm = p_rest * p_rest + rest_sq / total / total
-    lse = finite(new_reference) / temperature + log_total
+    peak = finite(new_reference)
+    lse = peak / temperature + log_total
     missing = total != total
     nan = float("nan")
-    return tl.where(missing, nan, logp), entropy, score_sqnorm, tl.where(missing, nan, lse)
+    return tl.where(missing, nan, logp), entropy, score_sqnorm, tl.where(missing, nan, lse), peak, log_total

@@ -45,7 +45,7 @@ def score_rows_kernel(
     tile = row_loops.tile_offsets(VEC, VECTORS, LANES)
     if valid:
         known, target = row_loops.target_of(tl.load(ids_ptr + token), vocabulary)
-        logp, entropy, score, lse, z_target = row_loops.row_statistics(
+        logp, entropy, score, lse, high, low = row_loops.row_statistics(
             row_ptr, known, target, vocabulary, temperature, softcap, tile, BLOCK, LANES
         )
         row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, token, logp, entropy, score, lse)
@@ -54,7 +54,6 @@ def score_rows_kernel(
             c = tl.load(coefficients_ptr + token)
         tl.debug_barrier()  # in place, one warp's stores must not overtake another's loads
         if c != 0.0:
-            high, low = row_loops.pivot(z_target, logp, lse, temperature)
             scale = row_state.LOG2_E / temperature
             at_target = (0.0 - c * row_state.expm1_of_log_probability(logp)) / temperature
             by_p = tl.where(known, (0.0 - c) / temperature, float("nan"))

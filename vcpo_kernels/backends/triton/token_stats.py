@@ -43,7 +43,7 @@ def forward_kernel(
         row_ptr = rows_ptr + (outer * outer_stride + position * inner_stride) * VEC
         tile = row_loops.tile_offsets(VEC, VECTORS, LANES)
         known, target = row_loops.target_of(tl.load(ids_ptr + token), vocabulary)
-        logp, entropy, score, lse, _ = row_loops.row_statistics(
+        logp, entropy, score, lse, _, _ = row_loops.row_statistics(
             row_ptr, known, target, vocabulary, temperature, softcap, tile, BLOCK, LANES
         )
         row_loops.store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, token, logp, entropy, score, lse)
@@ -92,13 +92,19 @@ def backward_kernel(
         logp, lse = tl.load(logp_ptr + token), tl.load(lse_ptr + token)
         if target_logits_ptr is None:
             z_target = tl.load(row_ptr + target, mask=known, other=0.0).to(tl.float32)
-            tl.debug_barrier()  # in place, one warp's stores must not overtake another's load of the target
             in_vocabulary = known
         else:
             z_target = tl.load(target_logits_ptr + token)
             in_vocabulary = logp == logp  # an id outside this block lies in another one; a NaN of the forward stays one
         z_target = row_loops.capped(z_target, softcap)
-        high, low = row_loops.pivot(z_target, logp, lse, temperature)
+        high, low = row_loops.saved_pivot(z_target, logp, lse, temperature)
+        if target_logits_ptr is None:
+            if row_loops.lost_digits(logp, lse):  # in blocks so small that their registers are free in the loop below
+                _, _, _, _, high, low = row_loops.row_statistics(
+                    row_ptr, known, target, vocabulary, temperature, softcap,
+                    row_loops.tile_offsets(VEC, 1, LANES), LANES * VEC, LANES,
+                )  # fmt: skip
+            tl.debug_barrier()  # in place, one warp's stores must not overtake another's loads
         scale = row_state.LOG2_E / temperature
         at_target = 0.0 - g * row_state.expm1_of_log_probability(logp)
         by_p = 0.0 - g
