@@ -75,7 +75,7 @@ def _filled(z: Tensor, ids: Tensor) -> None:
     """All but one entry at a large finite fill, as constrained decoding masks: u where an ulp is a thousand binades, or out of
     fp32's range. The one is the token, or in every second row is not; row 4 has none.
     """
-    for row, fill in enumerate((-3.4e38, -1e10, -1e20, -1e30, -1e9)[: z.shape[0]]):
+    for row, fill in enumerate((-1e38, -1e10, -1e20, -1e30, -1e9)[: z.shape[0]]):
         z[row] = fill
         z[row, (ids[row] + row % 2) % z.shape[1]] = 0.5 if row < 4 else fill
 

@@ -120,7 +120,7 @@ def statistics_of(
     total = rest + e_target
     total = tl.where(total == 0.0, float("nan"), total)
     # A target above all the rest is the reference, with e_target = 1: log1p then keeps a p_y close to 1 exact.
-    dominant = e_target >= rest
+    dominant = (e_target >= rest) & (total == total)
     log_total = tl.where(dominant, log1p(rest), tl.log(total))
     logp = tl.where(dominant, 0.0 - log_total, centred_target / temperature - log_total)
     p_target = e_target / total
@@ -130,6 +130,4 @@ def statistics_of(
     score_sqnorm = p_rest * p_rest + rest_sq / total / total
     peak = finite(new_reference)
     lse = peak / temperature + log_total
-    missing = total != total
-    nan = float("nan")
-    return tl.where(missing, nan, logp), entropy, score_sqnorm, tl.where(missing, nan, lse), peak, log_total
+    return logp, entropy, score_sqnorm, lse, peak, log_total
