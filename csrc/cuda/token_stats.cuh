@@ -79,8 +79,8 @@ token_stats_backward_kernel(const Output out, const Rows rows, const Tokens toke
   RowState<float> rest;
   const bool again = !block && lost_digits(saved);  // the same for every thread
   if (again) {
-    using Stream = DirectStream<T, kWarps, C::kVectors, C::aligned>;
-    const Stream stream(nullptr, row, rows.vocabulary / C::kSize, warp, lane);
+    using Stream = DirectStream<T, kWarps, 1, C::aligned>;  // one vector: registers
+    const Stream stream(nullptr, row, rows.vocabulary / Stream::C::kSize, warp, lane);
     RowState<float>* warps = reinterpret_cast<RowState<float>*>(shared + 1);
     rest = row_state<Stream, kSoftcap>(stream, row, rows.vocabulary, target.y, scale, warps, warp, lane);
   }
