@@ -192,3 +192,19 @@ def test_known_coefficients(implementation: str, inplace: bool) -> None:
         torch.testing.assert_close(total.detach().double(), (c * want.logp).sum(), rtol=2e-6, atol=2e-6)
         assert y.grad is not None
         torch.testing.assert_close(y.grad.double() * temperature, want_grad * temperature, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("dtype", row_inputs.DTYPES, ids=str)
+def test_a_block_far_above_those_before(implementation: str, dtype: torch.dtype) -> None:
+    """88 above in nats, 2^t leaves fp32's exponents, and 177 or 355 above they come round again: nothing would show it."""
+    for rise in (80.0, 100.0, 177.5, 200.0, 355.0, 400.0, 5000.0):
+        z = torch.randn(4, 5000)
+        z[:, 4500:] += rise
+        z[1, 4600:] -= rise
+        z = z.to(dtype)
+        ids = torch.tensor([3, 4550, 4999, 4700])
+        g, h = torch.rand(4) + 0.1, torch.rand(4) + 0.1
+        want, want_grad = exact(z, ids, g, h, 1.0)
+        stats, grad = run(z, ids, g, h)
+        assert_statistics(stats, want)
+        assert_gradient(grad, want_grad, g + h * (1 + want.entropy), want)
