@@ -153,7 +153,7 @@ def sequence_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:
     types |= dict.fromkeys(_SEQUENCE_FP32, "*fp32") | dict.fromkeys(_SEQUENCE_INTEGERS, "i32")
     types |= dict.fromkeys(("mask_ptr", "ok_ptr", "group_flags_ptr"), "*u8")
     types |= dict.fromkeys(("offsets_ptr", "order_ptr", "group_ids_ptr"), "*i64")
-    types |= dict.fromkeys(("moments_ptr", "counts_ptr", "group_squares_ptr"), "*fp64")
+    types |= dict.fromkeys(("moments_ptr", "counts_ptr", "group_squares_ptr", "ratios_ptr"), "*fp64")
     types |= dict.fromkeys(("max_weight", "ess_max_weight", "num_sequences", "max_tokens", "usable_below"), "fp32")
     constants: dict[str, Any] = {"BLOCK": launch.block, "SKIP_FIRST": True, "NORMALIZE": True}
     constants |= {"WEIGHTING": "estimator", "AGGREGATION": "seq-mean-token-mean"}
