@@ -10,16 +10,20 @@ import dataclasses
 import functools
 import math
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vcpo_kernels.core import scalars
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ID_DTYPES = (torch.int64, torch.int32)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _TRANSPARENT = ("torch._subclasses.", "torch.distributed._functional_collectives")
+LARGEST = sys.float_info.max  # torch.compile compares numbers with it, where math.isfinite would break the graph
 
 
 def describe(value: Any) -> str:
@@ -131,6 +135,20 @@ def _whole(name: str) -> str:
         f"Pass {name}.full_tensor() where every rank has the same tokens, or {name}.to_local() beside this rank's part of the "
         "other arguments where it is sharded by tokens."
     )
+
+
+def is_number(value: Any, kind: type = numbers.Real, method: str = "__float__") -> bool:
+    """Whether a value is a Python or numpy number of this kind. torch.compile shows numpy's as arrays that have the method."""
+    if isinstance(value, (int, kind)):
+        return not isinstance(value, bool)
+    return torch.compiler.is_compiling() and not isinstance(value, (float, Tensor)) and hasattr(value, method)
+
+
+def as_float(value: Any) -> float:
+    """A number as a float. One that changes under torch.compile marks the graph, whatever it is for (`core/changing.py`)."""
+    number = float(value)
+    scalars.number(number)
+    return number
 
 
 def overlaps(value: Tensor) -> bool:
@@ -246,27 +264,27 @@ class Check:
         return None if value is None else self._positive_float(name, value, "a float > 0 or None")
 
     def _positive_float(self, name: str, value: Any, wanted: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
+        if not is_number(value):
             hint = f" Pass a Python number: float({name})." if isinstance(value, Tensor) else ""
             raise self.type_error(f"{name} must be {wanted}, got {describe(value)}.{hint}")
-        number = float(value)
-        if not (math.isfinite(number) and number > 0):
+        number = as_float(value)
+        if not 0 < number <= LARGEST:
             raise self.value_error(f"{name} must be finite and > 0, got {value!r}.")
         return number
 
     def finite_float(self, name: str, value: Any, minimum: float = -math.inf) -> float:
         """A finite float >= minimum."""
-        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        if isinstance(value, (bool, Tensor)) or not (isinstance(value, (int, float)) or hasattr(value, "__float__")):
             raise self.type_error(f"{name} must be a number, got {describe(value)}.")
-        number = float(value)
-        if not math.isfinite(number) or number < minimum:
+        number = as_float(value)
+        if not max(minimum, -LARGEST) <= number <= LARGEST:
             bound = f" and >= {minimum:g}" if minimum > -math.inf else ""
             raise self.value_error(f"{name} must be finite{bound}, got {value!r}.")
         return number
 
     def integer(self, name: str, value: Any, minimum: int) -> int:
         """An int >= minimum, from a Python or numpy integer."""
-        if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
+        if not is_number(value, numbers.Integral, "__index__"):
             hint = f" Pass a Python number: int({name})." if isinstance(value, Tensor) else ""
             raise self.type_error(f"{name} must be an int >= {minimum}, got {describe(value)}.{hint}")
         if value < minimum:

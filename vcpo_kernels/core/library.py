@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -42,18 +43,76 @@ def define_op(
     dispatcher where nothing intercepts the call (`bypass_dispatcher`).
     """
     name = schema.partition("(")[0]
+    if backward is not None and not twice:
+        assert setup_context is not None
+        setup_context, backward = first_derivative_only(name, setup_context, backward)
+    _register(schema, name, implementation, fake, setup_context, backward)
+    op: Op = getattr(torch.ops.vcpo_kernels, name)
+    if at := numbers_of(schema):
+        twin = f"{name}.Tensor"
+        _register(with_tensors(schema, twin), twin, reading(implementation, at), fake, setup_context, backward)
+        op = with_changing_numbers(op, name, at)
+    if bypass:
+        assert setup_context is not None
+        assert backward is not None
+        op = bypass_dispatcher(name, op, implementation, setup_context, backward)
+    return op
+
+
+def _register(
+    schema: str, name: str, implementation: Op, fake: Op, setup_context: SetupContext | None, backward: Backward | None
+) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        assert setup_context is not None
-        if not twice:
-            setup_context, backward = first_derivative_only(name, setup_context, backward)
         torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=LIBRARY)
-        if bypass:
-            return bypass_dispatcher(name, implementation, setup_context, backward)
-    op: Op = getattr(torch.ops.vcpo_kernels, name)
-    return op
+
+
+# --- numbers that change under torch.compile: see core/changing.py -------------------------------------------------------
+
+
+def numbers_of(schema: str) -> tuple[int, ...]:
+    """Which of a schema's arguments are `float` or `float?`."""
+    arguments = schema[schema.index("(") + 1 : schema.index(") ->")].split(", ")
+    return tuple(i for i, argument in enumerate(arguments) if argument.startswith("float"))
+
+
+def with_tensors(schema: str, name: str) -> str:
+    """The schema of the overload `name`, which takes those as tensors: 0-d, float64, on the CPU."""
+    return name + re.sub(r"\bfloat(\??) ", r"Tensor\1 ", schema[schema.index("(") :])
+
+
+def reading(implementation: Op, at: tuple[int, ...]) -> Op:
+    """An implementation that is given tensors for its numbers."""
+
+    def implementation_of_tensors(*arguments: Any) -> Any:
+        return implementation(*(a.item() if i in at and isinstance(a, Tensor) else a for i, a in enumerate(arguments)))
+
+    return implementation_of_tensors
+
+
+def with_changing_numbers(op: Op, name: str, at: tuple[int, ...]) -> Op:
+    """The op, or its overload for tensors: in a graph whose numbers may change, and in the backward of such a call."""
+
+    def call(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            arguments = _as_tensors(arguments, at)
+        if any(isinstance(arguments[i], Tensor) for i in at):
+            return getattr(torch.ops.vcpo_kernels, name).Tensor(*arguments)
+        return op(*arguments)
+
+    return call
+
+
+def _as_tensors(arguments: tuple[Any, ...], at: tuple[int, ...]) -> tuple[Any, ...]:
+    """All numbers as tensors where one may change; as they are otherwise."""
+    from vcpo_kernels.core import changing
+
+    given = [i for i in at if isinstance(arguments[i], float)]
+    if not any(changing.may_change(arguments[i]) for i in given):
+        return arguments
+    return tuple(changing.as_tensor(a) if i in given else a for i, a in enumerate(arguments))
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -101,7 +160,7 @@ def first_derivative_only(name: str, setup_context: SetupContext, backward: Back
     return remember, once
 
 
-def bypass_dispatcher(name: str, implementation: Op, setup_context: SetupContext, backward: Backward) -> Op:
+def bypass_dispatcher(name: str, op: Op, implementation: Op, setup_context: SetupContext, backward: Backward) -> Op:
     """The op `name`, called past torch.library's Python layers where nothing intercepts the call.
 
     Those cost a call with gradients some 40 us, which is more than a small batch's kernels take. The three functions are
@@ -119,7 +178,7 @@ def bypass_dispatcher(name: str, implementation: Op, setup_context: SetupContext
     def call(*arguments: Any) -> Any:
         if not_intercepted(arguments):
             return function.apply(*arguments)
-        return getattr(torch.ops.vcpo_kernels, name)(*arguments)
+        return op(*arguments)
 
     return call
 

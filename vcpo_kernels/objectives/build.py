@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.scalars import clamped, filled, log
 from vcpo_kernels.objectives.common import CommonTerms, checked_terms
 from vcpo_kernels.objectives.correction import Correction, corrected_weights
 from vcpo_kernels.objectives.kl import ESTIMATORS
@@ -160,7 +161,8 @@ def _output(
     log_weights = tokens.segments.reduce(tokens.log_weight)
     clipped = log_weights
     if ess_max_weight is not None:  # +inf stays a broken weight, which a clamp would make an ordinary one
-        clipped = torch.where(log_weights < math.inf, log_weights.clamp(max=math.log(ess_max_weight)), math.nan)
+        truncated = clamped(log_weights, high=log(ess_max_weight))
+        clipped = torch.where(log_weights < math.inf, truncated, math.nan)
     moments = ess_moments(clipped, tokens.lengths > 0)
     ess, ratio = ess_from_moments(moments)
     largest = torch.finfo(log_weights.dtype).max
@@ -305,5 +307,5 @@ def _scale(check: Check, aggregation: str, terms: dict[str, Any], tokens: TokenB
     lengths = tokens.lengths
     whole = (terms["num_sequences"], terms["num_tokens"])
     counted = ((lengths > 0).sum().double(), lengths.sum())
-    totals = [c if w is None else torch.full_like(c, w) for w, c in zip(whole, counted, strict=True)]
+    totals = [c if w is None else filled(c, w) for w, c in zip(whole, counted, strict=True)]
     return tokens.spread(aggregation_scale(aggregation, lengths, totals[0], totals[1], max_tokens))

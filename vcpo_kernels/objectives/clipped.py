@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.scalars import Number, clamped, log, log1p
 from vcpo_kernels.objectives.build import TokenTerms
-from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights, log_or
+from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.token_objective import TokenObjective
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop, times
 
@@ -30,24 +31,24 @@ class ClippedObjective(TokenObjective):
         return self.each(check.finite_float, "clip_low", "clip_high", minimum=0.0)
 
     def clipped(
-        self, log_ratio: Tensor, advantages: Tensor, dual: float = math.inf, per_sequence: bool = False
+        self, log_ratio: Tensor, advantages: Tensor, dual: Number | None = None, per_sequence: bool = False
     ) -> TokenTerms:
         """min(r A, clip(r) A), its derivative and what was clipped, from log r; A < 0 stops at r = e^dual."""
-        low = math.log1p(-self.clip_low) if self.clip_low < 1 else -math.inf
-        high = math.log1p(self.clip_high)
+        low = log1p(-self.clip_low) if self.clip_low < 1 else -math.inf
+        high = log1p(self.clip_high)
         clipped_high = (advantages > 0) & (log_ratio > high)
         clipped_low = (advantages < 0) & (log_ratio < low)
-        dual_clipped = (advantages < 0) & (log_ratio > dual)
-        flat = clipped_high | clipped_low | dual_clipped
+        dual_clipped = None if dual is None else (advantages < 0) & (log_ratio > dual)
+        flat = clipped_high | clipped_low if dual_clipped is None else clipped_high | clipped_low | dual_clipped
         # A bound acts on the side of its sign alone: above for A > 0, below (and at the dual bound) for A < 0.
         bounded = torch.where(
             advantages > 0,
-            log_ratio.clamp(max=high),
-            log_ratio.clamp(low, dual) if dual < math.inf else log_ratio.clamp(low),
+            clamped(log_ratio, high=high),
+            clamped(log_ratio, low, dual),
         )
         values = times(exp_or_drop(bounded), advantages)
         metrics = {"clip_fraction": flat, "clip_low_fraction": clipped_low, "clip_high_fraction": clipped_high}
-        if dual < math.inf:
+        if dual_clipped is not None:
             metrics["dual_clip_fraction"] = dual_clipped
         return TokenTerms(torch.where(flat, 0.0, values), values, metrics, per_sequence)
 
@@ -93,7 +94,8 @@ class PPOClip(ClippedObjective):
         return {**clips, "dual_clip": dual}
 
     def rule(self, tokens: TokenBatch) -> TokenTerms:
-        return self.clipped(tokens.log_ratio, tokens.advantages, log_or(self.dual_clip, math.inf))
+        dual = None if self.dual_clip is None else log(self.dual_clip)
+        return self.clipped(tokens.log_ratio, tokens.advantages, dual)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.scalars import Number, clamped, log
 from vcpo_kernels.objectives.tokens import TokenBatch, exp_or_drop
 
 MODES = ("truncate", "mask")
@@ -55,9 +56,9 @@ def check_bounds(check: Check, low_name: str, low: float | None, high_name: str,
     return {low_name: low, high_name: high}
 
 
-def log_or(bound: float | None, otherwise: float) -> float:
+def log_or(bound: float | None, otherwise: float) -> Number:
     """log of a bound, or what stands for its absence."""
-    return otherwise if bound is None else math.log(bound)
+    return otherwise if bound is None else log(bound)
 
 
 def corrected_weights(tokens: TokenBatch, log_ratio: Tensor, correction: Correction) -> tuple[Tensor, Tensor]:
@@ -66,5 +67,5 @@ def corrected_weights(tokens: TokenBatch, log_ratio: Tensor, correction: Correct
     low, high = log_or(correction.minimum, -math.inf), log_or(correction.maximum, math.inf)
     outside = (log_w < low) | (log_w > high)
     if correction.mode == "truncate":
-        return exp_or_drop(log_w.clamp(low, high)), outside
+        return exp_or_drop(clamped(log_w, low, high)), outside
     return torch.where(outside, 0.0, exp_or_drop(log_w)), outside

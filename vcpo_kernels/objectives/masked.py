@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.scalars import clamped
 from vcpo_kernels.objectives.build import TokenTerms
 from vcpo_kernels.objectives.clipped import ClippedObjective, PPOClip
 from vcpo_kernels.objectives.correction import Correction, check_bounds, log_or
@@ -199,6 +200,6 @@ class DPPOTV(TokenObjective):
         moved = tokens.logp.exp() - tokens.behavior_logp.exp()
         masked = torch.where(tokens.advantages > 0, moved > self.divergence_high, moved < -self.divergence_low)
         log_limit = log_or(self.max_ratio, math.inf)
-        weights = exp_or_drop(tokens.log_ratio.clamp(max=log_limit))
+        weights = exp_or_drop(clamped(tokens.log_ratio, high=log_limit))
         metrics = {"truncated_fraction": ~masked & (tokens.log_ratio > log_limit)}
         return _left_out(TokenTerms(times(weights, tokens.advantages), metrics=metrics), masked, per_sequence=False)

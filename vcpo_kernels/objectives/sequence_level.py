@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.scalars import clamped
 from vcpo_kernels.objectives.build import TokenTerms
 from vcpo_kernels.objectives.clipped import ClippedObjective
 from vcpo_kernels.objectives.token_objective import TokenObjective
@@ -111,7 +112,7 @@ class GMPO(TokenObjective):
         require_sequence_advantages(self.check, tokens)
         d, a, low, high = tokens.log_ratio, tokens.advantages, -self.log_clip_low, self.log_clip_high
         clipped_high, clipped_low = (a > 0) & (d > high), (a < 0) & (d < low)
-        bounded = torch.where(a > 0, d.clamp(max=high), d.clamp(min=low))
+        bounded = torch.where(a > 0, clamped(d, high=high), clamped(d, low=low))
         values = times(exp_or_drop(tokens.sequence_mean(bounded)), a)
         flat = clipped_high | clipped_low
         metrics = {"clip_fraction": flat, "clip_low_fraction": clipped_low, "clip_high_fraction": clipped_high}

@@ -15,6 +15,7 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import widened
+from vcpo_kernels.core.scalars import Number, filled
 from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
 from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
@@ -30,9 +31,9 @@ def times(weights: Tensor, advantages: Tensor) -> Tensor:
     return torch.where((advantages == 0) | (weights == 0), 0.0, weights * advantages)
 
 
-def by_flag(flags: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+def by_flag(flags: Tensor, yes: Number, no: Number, like: Tensor) -> Tensor:
     """One of two numbers per token, in the dtype of `like` (torch.where of two floats rounds them to float32)."""
-    return torch.where(flags, torch.full_like(like, yes), no)
+    return torch.where(flags, filled(like, yes), filled(like, no))
 
 
 @dataclass(frozen=True)

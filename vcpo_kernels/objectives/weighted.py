@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.scalars import Number, log
 from vcpo_kernels.objectives.build import TokenTerms
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.token_objective import TokenObjective
@@ -218,5 +219,5 @@ def _range(check: Check, name: str, bounds: tuple[float, float]) -> tuple[float,
     return low, high
 
 
-def _log(bound: float) -> float:
-    return math.log(bound) if bound > 0 else -math.inf
+def _log(bound: float) -> Number:
+    return log(bound) if bound > 0 else -math.inf

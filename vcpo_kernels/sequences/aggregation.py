@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.scalars import filled
 from vcpo_kernels.sequences.segments import Segments
 
 AGGREGATIONS = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "token-mean")
@@ -23,7 +24,7 @@ def aggregation_scale(
     per_sequence = {
         "seq-mean-token-mean": lengths.clamp(min=1),
         "seq-mean-token-sum": torch.ones_like(lengths),
-        "seq-mean-token-sum-norm": torch.full_like(lengths, max_tokens or 1.0),
+        "seq-mean-token-sum-norm": filled(lengths, max_tokens or 1.0),
     }[aggregation]
     return 1 / (num_sequences.clamp(min=1) * per_sequence)
 

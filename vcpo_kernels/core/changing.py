@@ -1,0 +1,31 @@
+"""Numbers that change from call to call under torch.compile, as tensors in the graph.
+
+Layer: core. Loaded while a graph is traced, and never otherwise: it imports torch._dynamo.
+
+A float that has changed between two calls is an input of the graph. What tensors do with it stays in the graph; any other use
+(an op's `float`, math.log) takes its value at that time, with a guard, and the next value is compiled anew. torch's
+AOTAutogradCache, however, tells such graphs apart by their code, which does not show that value: it gives a later graph the
+machine code of an earlier one, of another process even (torch 2.6 to 2.13 at least). So ops take a number that may change as a
+0-d tensor, which is right and needs one graph; and since a call of `as_tensor` has no entry in that cache, the graphs that
+hold one are compiled by what is in them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def may_change(number: float) -> bool:
+    """Whether a number is an input of the graph. Constants stay constants: tensors on the CPU forbid CUDA graphs."""
+    try:
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+    except ImportError:  # torch 2.6 does not tell them apart
+        return True
+    return not has_static_value(number)
+
+
+@torch.compiler.allow_in_graph
+def as_tensor(number: float) -> Tensor:
+    """In float64, on the CPU, where reading it waits for nothing. By an addition, which needs no value in the graph."""
+    return torch.zeros((), dtype=torch.float64, device="cpu") + number

@@ -1,0 +1,51 @@
+"""Arithmetic with numbers that a caller may change from call to call: right and one graph under torch.compile, math elsewhere.
+
+Layer: core. What tensors are multiplied by, added to or compared with needs nothing of this.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Number: TypeAlias = float | Tensor  # a tensor only in a graph that the number changes under: 0-d, float64, on the CPU
+
+
+def number(value: float) -> Number:
+    """The value as it is; in a graph that it may change under, as a tensor (`core/changing.py`)."""
+    if torch.compiler.is_compiling():
+        from vcpo_kernels.core import changing
+
+        if changing.may_change(value):
+            return changing.as_tensor(value)
+    return value
+
+
+def log(value: float) -> Number:
+    """log of a number > 0."""
+    n = number(value)
+    return n.log() if isinstance(n, Tensor) else math.log(n)
+
+
+def log1p(value: float) -> Number:
+    """log(1 + value) of a number > -1."""
+    n = number(value)
+    return n.log1p() if isinstance(n, Tensor) else math.log1p(n)
+
+
+def clamped(values: Tensor, low: Number | None = None, high: Number | None = None) -> Tensor:
+    """values.clamp(low, high), whose bounds torch wants to be of one kind."""
+    bounds = [b if b is None or isinstance(b, Tensor) else number(b) for b in (low, high)]
+    if any(isinstance(b, Tensor) for b in bounds):
+        bounds = [b if b is None else torch.as_tensor(b, dtype=torch.float64) for b in bounds]
+    clamp: Any = values.clamp
+    result: Tensor = clamp(*bounds)
+    return result
+
+
+def filled(like: Tensor, value: Number) -> Tensor:
+    """torch.full_like(like, value)."""
+    return torch.zeros_like(like) + value
