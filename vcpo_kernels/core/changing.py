@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vcpo_kernels.core.library import define_op, nothing_returned
+
 
 def may_change(number: float) -> bool:
     """Whether a number is an input of the graph. Constants stay constants: tensors on the CPU forbid CUDA graphs."""
@@ -25,7 +27,17 @@ def may_change(number: float) -> bool:
     return not has_static_value(number)
 
 
+_used = define_op("used(Tensor number) -> ()", nothing_returned, nothing_returned)
+torch.fx.node.has_side_effect(torch.ops.vcpo_kernels.used.default)
+
+
 @torch.compiler.allow_in_graph
 def as_tensor(number: float) -> Tensor:
-    """In float64, on the CPU, where reading it waits for nothing. By an addition, which needs no value in the graph."""
-    return torch.zeros((), dtype=torch.float64, device="cpu") + number
+    """In float64, on the CPU, where reading it waits for nothing. By an addition, which needs no value in the graph.
+
+    Used even where nothing uses it, a bound that only a metric shows for instance: torch takes the value of what it finds
+    without use, and compiles anew for the next.
+    """
+    tensor = torch.zeros((), dtype=torch.float64, device="cpu") + number
+    _used(tensor)
+    return tensor

@@ -31,6 +31,8 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         kind = "tensor" if type(value) in _PLAIN else type(value).__name__
         return f"a {str(value.dtype).removeprefix('torch.')} {kind} of shape {tuple(value.shape)} on {value.device}"
+    if _is_array(value) and torch.compiler.is_compiling():  # which cannot name a dtype
+        return "a numpy number or array, of which torch.compile makes a tensor: pass float(...) to the compiled function"
     if _is_array(value):
         return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)} ({type(value).__module__})"
     if fields := _tensor_fields(value):
@@ -137,20 +139,6 @@ def _whole(name: str) -> str:
     )
 
 
-def is_number(value: Any, kind: type = numbers.Real, method: str = "__float__") -> bool:
-    """Whether a value is a Python or numpy number of this kind. torch.compile shows numpy's as arrays that have the method."""
-    if isinstance(value, (int, kind)):
-        return not isinstance(value, bool)
-    return torch.compiler.is_compiling() and not isinstance(value, (float, Tensor)) and hasattr(value, method)
-
-
-def as_float(value: Any) -> float:
-    """A number as a float. One that changes under torch.compile marks the graph, whatever it is for (`core/changing.py`)."""
-    number = float(value)
-    scalars.number(number)
-    return number
-
-
 def overlaps(value: Tensor) -> bool:
     """Whether two entries may share memory: each dimension, from the densest on, must step past all that lies within it."""
     if value.numel() == 0:
@@ -255,6 +243,14 @@ class Check:
                 f"Move it: {name}.to({other_name}.device)."
             )
 
+    def _traced(self, name: str, value: Any) -> float:
+        """A number under torch.compile. One that changes there marks the graph, whatever it is for (`core/changing.py`)."""
+        if _is_array(value):
+            raise self.type_error(f"{name} must be a number, got {describe(value)}.")
+        number = float(value)
+        scalars.number(number)
+        return number
+
     def positive_float(self, name: str, value: Any) -> float:
         """A finite float > 0, from any Python or numpy number. Tensors are refused: reading them would synchronise."""
         return self._positive_float(name, value, "a float > 0")
@@ -264,19 +260,19 @@ class Check:
         return None if value is None else self._positive_float(name, value, "a float > 0 or None")
 
     def _positive_float(self, name: str, value: Any, wanted: str) -> float:
-        if not is_number(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
             hint = f" Pass a Python number: float({name})." if isinstance(value, Tensor) else ""
             raise self.type_error(f"{name} must be {wanted}, got {describe(value)}.{hint}")
-        number = as_float(value)
+        number = self._traced(name, value) if torch.compiler.is_compiling() else float(value)
         if not 0 < number <= LARGEST:
             raise self.value_error(f"{name} must be finite and > 0, got {value!r}.")
         return number
 
     def finite_float(self, name: str, value: Any, minimum: float = -math.inf) -> float:
         """A finite float >= minimum."""
-        if isinstance(value, (bool, Tensor)) or not (isinstance(value, (int, float)) or hasattr(value, "__float__")):
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
             raise self.type_error(f"{name} must be a number, got {describe(value)}.")
-        number = as_float(value)
+        number = self._traced(name, value) if torch.compiler.is_compiling() else float(value)
         if not max(minimum, -LARGEST) <= number <= LARGEST:
             bound = f" and >= {minimum:g}" if minimum > -math.inf else ""
             raise self.value_error(f"{name} must be finite{bound}, got {value!r}.")
@@ -284,7 +280,7 @@ class Check:
 
     def integer(self, name: str, value: Any, minimum: int) -> int:
         """An int >= minimum, from a Python or numpy integer."""
-        if not is_number(value, numbers.Integral, "__index__"):
+        if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
             hint = f" Pass a Python number: int({name})." if isinstance(value, Tensor) else ""
             raise self.type_error(f"{name} must be an int >= {minimum}, got {describe(value)}.{hint}")
         if value < minimum:

@@ -94,12 +94,14 @@ def reading(implementation: Op, at: tuple[int, ...]) -> Op:
 
 def with_changing_numbers(op: Op, name: str, at: tuple[int, ...]) -> Op:
     """The op, or its overload for tensors: in a graph whose numbers may change, and in the backward of such a call."""
+    of_tensors = getattr(torch.ops.vcpo_kernels, name).Tensor
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             arguments = _as_tensors(arguments, at)
-        if any(isinstance(arguments[i], Tensor) for i in at):
-            return getattr(torch.ops.vcpo_kernels, name).Tensor(*arguments)
+        for i in at:
+            if isinstance(arguments[i], Tensor):
+                return of_tensors(*arguments)
         return op(*arguments)
 
     return call

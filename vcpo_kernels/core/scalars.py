@@ -37,15 +37,16 @@ def log1p(value: float) -> Number:
 
 
 def clamped(values: Tensor, low: Number | None = None, high: Number | None = None) -> Tensor:
-    """values.clamp(low, high), whose bounds torch wants to be of one kind."""
-    bounds = [b if b is None or isinstance(b, Tensor) else number(b) for b in (low, high)]
-    if any(isinstance(b, Tensor) for b in bounds):
-        bounds = [b if b is None else torch.as_tensor(b, dtype=torch.float64) for b in bounds]
-    clamp: Any = values.clamp
-    result: Tensor = clamp(*bounds)
-    return result
+    """values.clamp(low, high)."""
+    if torch.compiler.is_compiling():
+        low, high = (b if b is None or isinstance(b, Tensor) else number(b) for b in (low, high))
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+        return values.clamp(low, high)
+    for bound, by in ((low, torch.clamp_min), (high, torch.clamp_max)):  # one by one bounds may be of two kinds and devices
+        values = values if bound is None else by(values, bound)
+    return values
 
 
 def filled(like: Tensor, value: Number) -> Tensor:
     """torch.full_like(like, value)."""
-    return torch.zeros_like(like) + value
+    return torch.zeros_like(like) + value if torch.compiler.is_compiling() else torch.full_like(like, value)

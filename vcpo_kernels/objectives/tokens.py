@@ -15,7 +15,7 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import widened
-from vcpo_kernels.core.scalars import Number, filled
+from vcpo_kernels.core.scalars import Number, filled, number
 from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
 from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
@@ -33,7 +33,7 @@ def times(weights: Tensor, advantages: Tensor) -> Tensor:
 
 def by_flag(flags: Tensor, yes: Number, no: Number, like: Tensor) -> Tensor:
     """One of two numbers per token, in the dtype of `like` (torch.where of two floats rounds them to float32)."""
-    return torch.where(flags, filled(like, yes), filled(like, no))
+    return torch.where(flags, filled(like, yes), no if isinstance(no, Tensor) else number(no))
 
 
 @dataclass(frozen=True)
