@@ -1,14 +1,13 @@
 """Numbers that change from call to call under torch.compile: every call's own value, in one graph.
 
 A number is a constant of the first graph and an input of the second, which serves every later value: two graphs for any
-number of values, one with dynamic=True.
+count of values.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,138 +23,228 @@ pytestmark = pytest.mark.cpu_only("graphs are the same on every device")
 
 B, T, V, H = 4, 5, 17, 8
 GENERATOR = torch.Generator().manual_seed(0)
-LOGITS = 2 * torch.randn(B, T, V, generator=GENERATOR)
-HIDDEN, WEIGHT = torch.randn(B, T, H, generator=GENERATOR), torch.randn(V, H, generator=GENERATOR)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+LOGITS, HIDDEN, WEIGHT, COEFFICIENTS = 2 * randn(B, T, V), randn(B, T, H), randn(V, H), randn(B, T)
 IDS = torch.randint(0, V, (B, T), generator=GENERATOR)
 MASK = torch.arange(T) < torch.tensor([[5], [3], [4], [2]])
 LOGP = torch.log_softmax(LOGITS, -1).gather(-1, IDS[..., None])[..., 0]
-MU, PROXIMAL, REFERENCE = (LOGP + 0.5 * torch.randn(B, T, generator=GENERATOR) for _ in range(3))
+MU, PROXIMAL, REFERENCE = (LOGP + 0.5 * randn(B, T) for _ in range(3))
 ADVANTAGES = torch.tensor([1.0, -0.5, -2.0, 0.75])
-COEFFICIENTS = torch.randn(B, T, generator=GENERATOR)
+NUMBERS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4)
 
-Function = Callable[[Tensor, Any], Tensor]  # (logits or hidden states, number) -> loss
-FALLING = (1.3, 1.1, 0.9, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4)
-COUNTS = (24.0, 23.0, 30.0, 17.0, 11.0, 8.5, 40.0, 26.0, 5.0, 7.0)
+Function = Callable[[Tensor, Any], Tensor]  # (what the gradient is of, number) -> loss
 
 
 def loss_of(stats: vk.TokenStats) -> Tensor:
     return (COEFFICIENTS * stats.logp).sum() + stats.entropy.sum()
 
 
-def rewarded(x: Tensor, **config: Any) -> Tensor:
-    segments = vk.Segments.padded(MASK)
-    out = vk.vcpo_loss(vk.token_stats(x, IDS), MU, ADVANTAGES, 2, segments, vk.VCPOConfig(**config))
-    return out.loss + out.ess_ratio
+def everything(out: Any) -> Tensor:
+    """One number that all of an output went into."""
+    total: Tensor = out.loss + out.ess_ratio + sum(out.metrics.values())
+    return total
 
 
-def method(name: str, x: Tensor, **keywords: Any) -> Tensor:
-    segments = vk.Segments.padded(MASK)
-    out = getattr(objectives, name)(vk.token_stats(x, IDS), MU, ADVANTAGES, segments, **keywords)
-    return out.loss + out.ess_ratio + sum(out.metrics.values())
+def vcpo(logp: Tensor, k: Any, aggregation: str = "token-mean") -> Tensor:
+    config = vk.VCPOConfig(
+        max_weight=k, ess_max_weight=k, num_tokens=k, num_sequences=k, max_tokens=k, aggregation=aggregation
+    )  # fmt: skip
+    stats = vk.TokenStats(logp, logp.square(), torch.ones_like(logp), torch.zeros_like(logp))
+    return everything(vk.vcpo_loss(stats, MU, ADVANTAGES, 2, vk.Segments.padded(MASK), config))
 
 
-def advantages(x: Tensor, k: float) -> Tensor:
-    a = objectives.group_normalized_advantages(ADVANTAGES + x.detach().mean(), 2, epsilon=k)
-    return (x.sum((1, 2)) * a).sum()
+def normalized(rewards: Tensor, k: float) -> Tensor:
+    return (rewards * objectives.group_normalized_advantages(rewards.detach(), 2, epsilon=k)).sum()
 
 
-def rows_cases() -> Iterator[tuple[str, Function, tuple[Any, ...]]]:
-    head = {"hidden": HIDDEN, "weight": WEIGHT}
-    del head
-    yield "token_stats", lambda x, k: loss_of(vk.token_stats(x, IDS, temperature=k)), FALLING
-    yield "temperature used elsewhere", lambda x, k: loss_of(vk.token_stats(x * k, IDS, temperature=k + 0.1)) * k, FALLING
-    yield "softcap", lambda x, k: loss_of(vk.token_stats(x, IDS, temperature=0.9, softcap=k)), FALLING
-    yield "weighted_logp", lambda x, k: vk.weighted_logp(x, IDS, COEFFICIENTS, temperature=k)[0], FALLING
-    yield "weighted_logp softcap", lambda x, k: vk.weighted_logp(x, IDS, COEFFICIENTS, softcap=k)[0], FALLING
+FUNCTIONS: dict[str, tuple[Function, Tensor]] = {
+    "token_stats": (lambda x, k: loss_of(vk.token_stats(x, IDS, MASK, temperature=k)), LOGITS),
+    "numbers made of it, and used elsewhere": (
+        lambda x, k: loss_of(vk.token_stats(x * k, IDS, temperature=k + 0.1, softcap=2 / k)) * k,
+        LOGITS,
+    ),
+    "default temperature": (lambda x, k: loss_of(vk.token_stats(x * k, IDS)), LOGITS),
+    "weighted_logp": (
+        lambda x, k: vk.weighted_logp(x, IDS, COEFFICIENTS, temperature=k, softcap=5 * k)[0],
+        LOGITS,
+    ),
+    "linear_token_stats": (lambda h, k: loss_of(vk.linear_token_stats(h, WEIGHT, IDS, temperature=k)), HIDDEN),
+    "linear_token_stats, lean": (
+        lambda h, k: loss_of(vk.linear_token_stats(h, WEIGHT, IDS, temperature=k, softcap=5 * k, memory="lean")),
+        HIDDEN,
+    ),
+    "linear_weighted_logp": (
+        lambda h, k: vk.linear_weighted_logp(h, WEIGHT, IDS, COEFFICIENTS, temperature=k, softcap=5 * k)[0],
+        HIDDEN,
+    ),
+    "vcpo_loss": (vcpo, LOGP),
+    "vcpo_loss, by the longest": (lambda x, k: vcpo(x, k, "seq-mean-token-sum-norm"), LOGP),
+    "advantages": (normalized, ADVANTAGES),
+}
 
 
-def head_cases() -> Iterator[tuple[str, Function, tuple[Any, ...]]]:
-    yield "linear_token_stats", lambda h, k: loss_of(vk.linear_token_stats(h, WEIGHT, IDS, temperature=k)), FALLING
-    yield (
-        "linear_token_stats lean",
-        lambda h, k: loss_of(vk.linear_token_stats(h, WEIGHT, IDS, temperature=k, softcap=k + 1, memory="lean")),
-        FALLING,
-    )
-    yield (
-        "linear_weighted_logp",
-        lambda h, k: vk.linear_weighted_logp(h, WEIGHT, IDS, COEFFICIENTS, temperature=k, softcap=2 * k)[0],
-        FALLING,
-    )
+def hyperparameters(kind: type[objectives.TokenObjective], k: float) -> dict[str, Any]:
+    """Of an objective, all that are numbers, made of one."""
+    value: Any = kind()
+    numbers: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        if isinstance(getattr(value, field.name), tuple):
+            numbers[field.name] = (k / 3, k + 0.2)
+        elif "float" in str(field.type):
+            above = {"max": 0.5, "dua": 2.0}.get(field.name[:3], 0.0)  # above what the others are
+            numbers[field.name] = k / 3 if field.name.startswith("min") else k + above
+    return numbers
 
 
-def sequence_cases() -> Iterator[tuple[str, Function, tuple[Any, ...]]]:
-    for name in ("max_weight", "ess_max_weight"):
-        yield f"vcpo {name}", lambda x, k, n=name: rewarded(x, **{n: k}), FALLING
-    for name in ("num_tokens", "num_sequences", "max_tokens"):
-        aggregation = {"num_tokens": "token-mean", "max_tokens": "seq-mean-token-sum-norm"}.get(name, "seq-mean-token-mean")
-        for kind in (float, int, np.float64, np.int64):
-            yield (
-                f"vcpo {name} {kind.__name__}",
-                lambda x, k, n=name, a=aggregation: rewarded(x, **{n: k * 2, "aggregation": a}),
-                tuple(kind(k) for k in COUNTS),
-            )
-    yield "epsilon", advantages, FALLING
+def terms(k: float) -> dict[str, Any]:
+    return {
+        "num_sequences": 5 * k, "num_tokens": 20 * k, "max_tokens": 9 * k, "kl_coefficient": k, "reference_logp": REFERENCE,
+        "entropy_coefficient": k, "ess_max_weight": k + 1,
+    }  # fmt: skip
 
 
-def objective_cases() -> Iterator[tuple[str, Function, tuple[Any, ...]]]:
-    for name in objectives.__all__:
-        kind = getattr(objectives, name)
-        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and issubclass(kind, objectives.TokenObjective)):
-            continue
-        if kind is objectives.TokenObjective:
-            continue
-        value = kind()
-        for field in dataclasses.fields(kind):
-            default = getattr(value, field.name)
-            if isinstance(default, tuple):
-                numbers: tuple[Any, ...] = tuple((0.1 * k, 2 * k) for k in FALLING)
-            elif "float" in str(field.type):
-                numbers = FALLING
-                if field.name == "dual_clip":
-                    numbers = tuple(k + 2 for k in FALLING)
-                if field.name.startswith("min"):
-                    numbers = tuple(k / 3 for k in FALLING)
-                if field.name.startswith("max"):
-                    numbers = tuple(k + 0.7 for k in FALLING)
-            else:
-                continue
-            yield f"{kind.name} {field.name}", lambda x, k, m=kind.name, n=field.name: method(m, x, **{n: k}), numbers
+METHODS = {
+    kind.name: kind
+    for kind in vars(objectives).values()
+    if isinstance(kind, type) and issubclass(kind, objectives.TokenObjective) and kind is not objectives.TokenObjective
+}
 
 
-def term_cases() -> Iterator[tuple[str, Function, tuple[Any, ...]]]:
-    for name in ("ppo_clip", "vespo"):
-        for term in ("num_sequences", "num_tokens", "max_tokens", "kl_coefficient", "entropy_coefficient", "ess_max_weight"):
-            extra = {
-                "num_tokens": {"aggregation": "token-mean"},
-                "max_tokens": {"aggregation": "seq-mean-token-sum-norm"},
-                "kl_coefficient": {"reference_logp": REFERENCE},
-            }.get(term, {})
-            numbers = COUNTS if term.startswith(("num", "max")) else FALLING
-            yield f"{name} {term}", lambda x, k, m=name, n=term, e=extra: method(m, x, **{n: k}, **e), numbers
-    for mode in ("truncate", "mask"):
-        yield (
-            f"correction {mode}",
-            lambda x, k, mode=mode: method(
-                "ppo_clip", x, proximal_logp=PROXIMAL, correction=objectives.Correction(mode, minimum=k / 3, maximum=k)
-            ),
-            FALLING,
+def objective(name: str) -> Function:
+    kind = METHODS[name]
+
+    def loss(logp: Tensor, k: float) -> Tensor:
+        stats = vk.TokenStats(logp, logp.square(), torch.ones_like(logp), torch.zeros_like(logp))
+        common = terms(k)
+        if kind.proximal_terms == objectives.PPOClip.proximal_terms:
+            correction = objectives.Correction("truncate", minimum=k / 3, maximum=k)
+            common.update({"proximal_logp": PROXIMAL, "correction": correction})
+        segments = vk.Segments.padded(MASK)
+        called = getattr(objectives, name)(
+            stats, MU, ADVANTAGES, segments, aggregation="token-mean", **hyperparameters(kind, k), **common
+        )
+        return everything(called) + everything(
+            kind(aggregation="seq-mean-token-sum-norm")(stats, MU, ADVANTAGES, segments, max_tokens=9 * k)
         )
 
+    return loss
 
-CASES = {name: (f, ks) for cases in (rows_cases, head_cases, sequence_cases, objective_cases, term_cases) for name, f, ks in cases()}
 
-
-def run(function: Function, numbers: tuple[Any, ...], backend: str = "aot_eager", dynamic: bool | None = None, fullgraph: bool = True) -> int:
-    """How many graphs were compiled; every call's value and gradient are eager's."""
+def graphs(function: Function, at: Tensor, numbers: tuple[Any, ...], backend: str = "aot_eager", **how: Any) -> int:
+    """How many were compiled; each call's value and gradient are eager's."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(function, backend=counter, fullgraph=fullgraph, dynamic=dynamic)
-    data = HIDDEN if "linear" in str(function) else LOGITS
+    compiled = torch.compile(function, backend=counter, **{"fullgraph": True, **how})
     for k in numbers:
         results = []
         for f in (function, compiled):
-            x = data.clone().requires_grad_()
+            x = at.clone().requires_grad_()
             value = f(x, k)
             results.append((value.detach(), torch.autograd.grad(value, x)[0]))
         torch.testing.assert_close(results[1], results[0], msg=lambda m, k=k: f"{k}: {m}")
-    return counter.frame_count
+    count: int = counter.frame_count
+    return count
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str) -> None:
+    """Ten temperatures, caps, truncations and counts, forward and backward, in two graphs without a break."""
+    assert graphs(*FUNCTIONS[name], NUMBERS) == 2
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_objectives(name: str) -> None:
+    """All hyperparameters of every objective and all terms of a call."""
+    assert graphs(objective(name), LOGP, NUMBERS) == 2
+
+
+@pytest.mark.parametrize("name", ["token_stats", "default temperature", "linear_token_stats", "vcpo_loss"])
+def test_dynamic(name: str) -> None:
+    """dynamic=True: sizes and numbers are inputs; the default temperature, a constant of ours, must not break the graph."""
+    assert graphs(*FUNCTIONS[name], NUMBERS, dynamic=True) <= 2
+
+
+def test_dynamic_objective() -> None:
+    assert graphs(objective("ppo_clip"), LOGP, NUMBERS, dynamic=True) <= 2
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_compiled_code_is_not_another_numbers(cached: bool) -> None:
+    """Inductor's graphs in AOTAutogradCache are told apart by code, in which a number that was taken by value does not show."""
+    with torch._functorch.config.patch(enable_autograd_cache=cached):
+        for name in ("numbers made of it, and used elsewhere", "vcpo_loss")[: 1 + cached]:
+            assert graphs(*FUNCTIONS[name], NUMBERS, "inductor") == 2
+            # A second function of the same code, as another process finds the first's in the cache on disk.
+            assert graphs(*FUNCTIONS[name], NUMBERS[3:], "inductor") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo_clip", "vespo", "topr"])
+def test_objectives_in_inductor(name: str) -> None:
+    assert graphs(objective(name), LOGP, NUMBERS, "inductor") == 2
+
+
+def test_counts_as_integers() -> None:
+    """A count of tokens is an int in every trainer, and changes with every step."""
+    counts = (24, 23, 30, 17, 11, 8, 40, 26, 5, 7)
+
+    def loss(logp: Tensor, n: int) -> Tensor:
+        stats = vk.TokenStats(logp, logp.square(), torch.ones_like(logp), torch.zeros_like(logp))
+        segments = vk.Segments.padded(MASK)
+        config = vk.VCPOConfig(aggregation="token-mean", num_tokens=n * 2, num_sequences=n)
+        by_tokens = objectives.ppo_clip(stats, MU, ADVANTAGES, segments, aggregation="token-mean", num_tokens=n)
+        return vk.vcpo_loss(stats, MU, ADVANTAGES, 2, segments, config).loss + by_tokens.loss
+
+    assert graphs(loss, LOGP, counts) == 2
+
+
+def test_values_of_a_config() -> None:
+    """Made outside of what is compiled, a new one each step."""
+
+    def loss(logp: Tensor, made: Any) -> Tensor:
+        stats = vk.TokenStats(logp, logp.square(), torch.ones_like(logp), torch.zeros_like(logp))
+        config, method = made
+        segments = vk.Segments.padded(MASK)
+        out = vk.vcpo_loss(stats, MU, ADVANTAGES, 2, segments, config)
+        return out.loss + method(stats, MU, ADVANTAGES, segments).loss
+
+    made = [(vk.VCPOConfig(max_weight=k + 1), objectives.PPOClip(clip_low=k / 2, clip_high=k)) for k in NUMBERS]
+    assert graphs(loss, LOGP, tuple(made)) == 2
+
+
+def test_a_number_of_numpys_is_refused() -> None:
+    """torch.compile makes a tensor of it, which nothing may read there; outside one graph it is read."""
+    function, at = FUNCTIONS["token_stats"]
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"temperature must be a float > 0, got a numpy number"):
+        graphs(function, at, (np.float64(0.7),))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"epsilon must be a number, got a numpy number"):
+        graphs(*FUNCTIONS["advantages"], (np.float64(0.7),))
+    graphs(function, at, (np.float64(0.7), np.float64(0.6)), fullgraph=False)
+
+
+def test_numbers_that_cannot_be_are_refused_in_a_graph() -> None:
+    function, at = FUNCTIONS["token_stats"]
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match=r"temperature must be finite and > 0"):
+            graphs(function, at, (0.5, 0.6, bad))
+
+
+@pytest.mark.parametrize("name", ["token_stats", "weighted_logp", "linear_token_stats", "linear_weighted_logp"])
+def test_overloads_are_ops(name: str) -> None:
+    """What torch wants of an op holds for the overloads that take numbers as tensors."""
+    k, cap = (torch.tensor(v, dtype=torch.float64) for v in (0.7, 5.0))
+    at = (HIDDEN if name.startswith("linear") else LOGITS).clone().requires_grad_()
+    rest: dict[str, tuple[Any, ...]] = {
+        "token_stats": (IDS, MASK, k, cap, False, False),
+        "weighted_logp": (IDS, MASK, COEFFICIENTS, k, None, False, True),
+        "linear_token_stats": (WEIGHT, None, IDS, MASK, k, cap, False, "lean", 1 << 20, None, True, False, False),
+        "linear_weighted_logp": (WEIGHT, None, IDS, MASK, COEFFICIENTS, k, cap, False, 1 << 20, True, False, False),
+    }
+    # Of weighted_logp's outputs the gradient is scaled in place by the backward, which a comparison after it takes amiss.
+    utils = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(getattr(torch.ops.vcpo_kernels, name).Tensor, (at, *rest[name]), test_utils=utils)

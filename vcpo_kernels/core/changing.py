@@ -13,21 +13,23 @@ hold one are compiled by what is in them.
 from __future__ import annotations
 
 import torch
+import torch.fx.node
 from torch import Tensor
 
-from vcpo_kernels.core.library import define_op, nothing_returned
+from vcpo_kernels.core.scalars import used
+
+
+try:
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+except ImportError:  # older torch, which does not tell them apart
+    has_static_value = None
 
 
 def may_change(number: float) -> bool:
     """Whether a number is an input of the graph. Constants stay constants: tensors on the CPU forbid CUDA graphs."""
-    try:
-        from torch.fx.experimental.symbolic_shapes import has_static_value
-    except ImportError:  # torch 2.6 does not tell them apart
-        return True
-    return not has_static_value(number)
+    return has_static_value is None or not has_static_value(number)
 
 
-_used = define_op("used(Tensor number) -> ()", nothing_returned, nothing_returned)
 torch.fx.node.has_side_effect(torch.ops.vcpo_kernels.used.default)
 
 
@@ -39,5 +41,5 @@ def as_tensor(number: float) -> Tensor:
     without use, and compiles anew for the next.
     """
     tensor = torch.zeros((), dtype=torch.float64, device="cpu") + number
-    _used(tensor)
+    used(tensor)
     return tensor

@@ -32,7 +32,9 @@ def describe(value: Any) -> str:
         kind = "tensor" if type(value) in _PLAIN else type(value).__name__
         return f"a {str(value.dtype).removeprefix('torch.')} {kind} of shape {tuple(value.shape)} on {value.device}"
     if _is_array(value) and torch.compiler.is_compiling():  # which cannot name a dtype
-        return "a numpy number or array, of which torch.compile makes a tensor: pass float(...) to the compiled function"
+        return (
+            "a numpy number or array, of which torch.compile makes a tensor: pass float(...) to the compiled function"
+        )
     if _is_array(value):
         return f"a {value.dtype} {type(value).__name__} of shape {tuple(value.shape)} ({type(value).__module__})"
     if fields := _tensor_fields(value):
@@ -153,11 +155,13 @@ def overlaps(value: Tensor) -> bool:
     return False
 
 
-@functools.cache
 def has_float64(device_type: str) -> bool:
     """Whether a kind of device computes in float64, which sums over tokens and sequences are kept in."""
-    if device_type in ("cpu", "cuda", "meta"):
-        return True
+    return device_type in ("cpu", "cuda", "meta") or _makes_float64(device_type)
+
+
+@functools.cache
+def _makes_float64(device_type: str) -> bool:
     try:
         torch.zeros(1, dtype=torch.float64, device=device_type)
     except (TypeError, RuntimeError, NotImplementedError):
@@ -245,7 +249,7 @@ class Check:
 
     def _traced(self, name: str, value: Any) -> float:
         """A number under torch.compile. One that changes there marks the graph, whatever it is for (`core/changing.py`)."""
-        if _is_array(value):
+        if not isinstance(value, (int, float)) and _is_array(value):
             raise self.type_error(f"{name} must be a number, got {describe(value)}.")
         number = float(value)
         scalars.number(number)
@@ -270,7 +274,7 @@ class Check:
 
     def finite_float(self, name: str, value: Any, minimum: float = -math.inf) -> float:
         """A finite float >= minimum."""
-        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__float__"):
+        if isinstance(value, (bool, Tensor)) or not (isinstance(value, (int, float)) or hasattr(value, "__float__")):
             raise self.type_error(f"{name} must be a number, got {describe(value)}.")
         number = self._traced(name, value) if torch.compiler.is_compiling() else float(value)
         if not max(minimum, -LARGEST) <= number <= LARGEST:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,3 +27,17 @@ def needs_grad(*tensors: Tensor | None) -> tuple[bool, ...]:
 def no_autocast(x: Tensor) -> torch.autocast:
     """Inside an op the dtypes are settled: autocast would cast fp32 operands, and miss the `out` they go to."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+# torch before 2.11: PyTorch #158232.
+CASTS_STAY_DETACHED = torch.__version__ < (2, 11)
+
+
+def forget_detached_casts(x: Any) -> None:
+    """After a forward without gradients whose output is x: its casts of weights are not to serve the next one.
+
+    Within an autocast region each weight is cast once. Until torch 2.10 a cast made under no_grad stays without a graph there,
+    and in a later forward of the region, one with gradients, the weight gets none, and nothing says so.
+    """
+    if CASTS_STAY_DETACHED and isinstance(x, Tensor) and not x.requires_grad and not torch.compiler.is_compiling():
+        torch.clear_autocast_cache()

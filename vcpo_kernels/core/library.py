@@ -51,7 +51,7 @@ def define_op(
     if at := numbers_of(schema):
         twin = f"{name}.Tensor"
         _register(with_tensors(schema, twin), twin, reading(implementation, at), fake, setup_context, backward)
-        op = with_changing_numbers(op, name, at)
+        op = with_changing_numbers(name, at)
     if bypass:
         assert setup_context is not None
         assert backward is not None
@@ -92,17 +92,17 @@ def reading(implementation: Op, at: tuple[int, ...]) -> Op:
     return implementation_of_tensors
 
 
-def with_changing_numbers(op: Op, name: str, at: tuple[int, ...]) -> Op:
+def with_changing_numbers(name: str, at: tuple[int, ...]) -> Op:
     """The op, or its overload for tensors: in a graph whose numbers may change, and in the backward of such a call."""
-    of_tensors = getattr(torch.ops.vcpo_kernels, name).Tensor
+    ops = torch.ops.vcpo_kernels
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling():
             arguments = _as_tensors(arguments, at)
         for i in at:
             if isinstance(arguments[i], Tensor):
-                return of_tensors(*arguments)
-        return op(*arguments)
+                return getattr(ops, name).Tensor(*arguments)
+        return getattr(ops, name)(*arguments)
 
     return call
 

@@ -6,12 +6,16 @@ Layer: core. What tensors are multiplied by, added to or compared with needs not
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from vcpo_kernels.core.library import define_op, nothing_returned
+
 Number: TypeAlias = float | Tensor  # a tensor only in a graph that the number changes under: 0-d, float64, on the CPU
+
+used = define_op("used(Tensor number) -> ()", nothing_returned, nothing_returned)  # see `changing.as_tensor`
 
 
 def number(value: float) -> Number:
@@ -42,11 +46,13 @@ def clamped(values: Tensor, low: Number | None = None, high: Number | None = Non
         low, high = (b if b is None or isinstance(b, Tensor) else number(b) for b in (low, high))
     if not isinstance(low, Tensor) and not isinstance(high, Tensor):
         return values.clamp(low, high)
-    for bound, by in ((low, torch.clamp_min), (high, torch.clamp_max)):  # one by one bounds may be of two kinds and devices
-        values = values if bound is None else by(values, bound)
-    return values
+    if low is not None:  # one by one, two bounds may be of two kinds, and on another device
+        values = torch.clamp_min(values, low)
+    return values if high is None else torch.clamp_max(values, high)
 
 
 def filled(like: Tensor, value: Number) -> Tensor:
     """torch.full_like(like, value)."""
-    return torch.zeros_like(like) + value if torch.compiler.is_compiling() else torch.full_like(like, value)
+    if torch.compiler.is_compiling() or isinstance(value, Tensor):
+        return torch.zeros_like(like) + value
+    return torch.full_like(like, value)

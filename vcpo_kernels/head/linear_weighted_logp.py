@@ -81,9 +81,9 @@ def linear_weighted_logp(
     deferred.refuse(check, "linear_token_stats, and accumulate_ with the coefficients", weight, bias)
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift)
     coefficients = checked_coefficients(check, coefficients, inputs.token_ids, inputs.hidden)
-    operands, settings = inputs[:5], inputs[5:]
     needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
-    loss, *outputs = _op(*operands, coefficients, *settings, chunk_bytes, *needs)
+    *operands, temperature, softcap, shift = inputs
+    loss, *outputs = _op(*operands, coefficients, temperature, softcap, shift, chunk_bytes, *needs)
     return loss, without_gradient(outputs[: len(RowStatistics._fields)], shift, inputs.mask)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks, registry
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.dtypes import forget_detached_casts
 from vcpo_kernels.core.library import define_op, nothing_returned
 from vcpo_kernels.core.trees import TensorTree
 from vcpo_kernels.rows import views
@@ -85,6 +86,7 @@ def check_stats(check: Check, stats: object) -> None:
     """Raise unless `stats` is a TokenStats: a bare logp is what callers pass by mistake."""
     if not isinstance(stats, TokenStats):
         raise check.type_error(f"stats must be the TokenStats that token_stats returned, got {checks.describe(stats)}.")
+    forget_detached_casts(stats.logp)
 
 
 def token_stats(
@@ -191,6 +193,7 @@ def checked_tokens(
     softcap = check.optional_positive_float("softcap", softcap)
     if rows.dtype != torch.float64:
         _check_range(check, temperature, softcap)
+    forget_detached_casts(rows)
     return token_ids.to(torch.int64), mask, temperature, softcap
 
 
