@@ -18,7 +18,6 @@ from torch import Tensor
 
 from vcpo_kernels.core.scalars import used
 
-
 try:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 except ImportError:  # older torch, which does not tell them apart

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,7 +136,7 @@ def build_objective(
     scale = _scale(check, aggregation, terms, tokens)
     policy = _policy(check, rule(tokens), tokens, correction, terms.get("token_weights"))
     value = (scale * policy.values).sum()
-    total = _Total(-value, scale * policy.coefficients, None, _metrics(tokens, policy) | {"policy_loss": -value})
+    total = _Total(-value, scale * policy.coefficients, None, {**_metrics(tokens, policy), "policy_loss": -value})
     if terms["kl_coefficient"]:
         total = _with_kl(check, total, scale, terms, tokens)
     entropy = segments.flat(check, "stats", stats.entropy)
@@ -218,7 +218,7 @@ def _policy(
         a, v = times(weights.double(), a), times(weights.double(), v)
         ok = ok & (tokens.log_correction < math.inf)
         per_sequence = per_sequence or correction.level == "sequence"
-        metrics |= {"correction_mean": weights, "correction_outside_fraction": outside}
+        metrics = {**metrics, "correction_mean": weights, "correction_outside_fraction": outside}
     if token_weights is not None:
         extra = _token_weights(check, token_weights, tokens).double()
         a, v = times(extra, a), times(extra, v)
@@ -265,21 +265,21 @@ def _with_kl(check: Check, total: _Total, scale: Tensor, terms: dict[str, Any], 
         "kl_mean": kl.sum() / ok.sum().clamp(min=1),
         "kl_nonfinite_tokens": (tokens.valid & ~ok).sum().double(),
     }
-    return replace(
-        total,
-        loss=total.loss + (factor * kl).sum(),
-        coefficients=total.coefficients - factor * slope,
-        metrics=total.metrics | measured,
+    return _Total(
+        total.loss + (factor * kl).sum(),
+        total.coefficients - factor * slope,
+        total.entropy_coefficients,
+        {**total.metrics, **measured},
     )
 
 
 def _with_entropy(total: _Total, scale: Tensor, coefficient: float, entropy: Tensor, tokens: TokenBatch) -> _Total:
     held = torch.where(tokens.valid, entropy.double(), 0.0)
-    return replace(
-        total,
-        loss=total.loss - coefficient * (scale * held).sum(),
-        entropy_coefficients=coefficient * scale.double(),
-        metrics=total.metrics | {"entropy_mean": held.sum() / tokens.lengths.sum().clamp(min=1)},
+    return _Total(
+        total.loss - coefficient * (scale * held).sum(),
+        total.coefficients,
+        coefficient * scale.double(),
+        {**total.metrics, "entropy_mean": held.sum() / tokens.lengths.sum().clamp(min=1)},
     )
 
 

@@ -6,7 +6,7 @@ Layer: tokens [N]. What is left out stays in the aggregation's counts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -23,12 +23,12 @@ from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 
 
 def _left_out(terms: TokenTerms, masked: Tensor, per_sequence: bool) -> TokenTerms:
-    return replace(
-        terms,
+    return TokenTerms(
         coefficients=torch.where(masked, 0.0, terms.coefficients),
         values=None if terms.values is None else torch.where(masked, 0.0, terms.values),
         metrics={**terms.metrics, "masked_fraction": masked},
         per_sequence=per_sequence,
+        uses_ratio=terms.uses_ratio,
     )
 
 
