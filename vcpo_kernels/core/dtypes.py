@@ -30,7 +30,7 @@ def no_autocast(x: Tensor) -> torch.autocast:
 
 
 # torch before 2.11: PyTorch #158232.
-CASTS_STAY_DETACHED = torch.__version__ < (2, 11)
+CASTS_STAY_DETACHED = torch.__version__ < "2.11"
 
 
 def forget_detached_casts(x: Any) -> None:
