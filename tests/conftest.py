@@ -38,7 +38,8 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             if torch.compiler.is_compiling() or type(out) is not torch.Tensor or out.device.type == "meta":
                 return out
             if out.is_floating_point():
-                return out.fill_(float("nan"))
+                out.detach().fill_(float("nan"))
+                return out
             return out if out.dtype == torch.bool else out.fill_(101)
 
         return wrapper

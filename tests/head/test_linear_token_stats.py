@@ -316,6 +316,8 @@ def test_opcheck(shift: bool, masked: bool, memory: str) -> None:
 @pytest.mark.parametrize("memory", ("auto", "fast", "lean"))
 @pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
 def test_compiles_without_a_graph_break(backend: str, memory: str, masked: bool) -> None:
+    if torch.__version__ < "2.7" and (masked or memory == "auto"):
+        pytest.skip("torch 2.6 breaks the graph at an op whose outputs' sizes depend on values")
     torch._dynamo.reset()  # each case compiles the same function anew, and there is a limit on that
     x = make(torch.float32, masked=masked)
 

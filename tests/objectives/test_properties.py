@@ -290,6 +290,7 @@ def test_coefficients_are_what_weighted_logp_takes() -> None:
 
 
 @pytest.mark.cpu_only("graphs are the same on every device")
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 does not see into OBJECTIVES[...]")
 @pytest.mark.parametrize("name", ["grpo", "gspo", "m2po", "vespo"])
 def test_compiles_without_a_graph_break(name: str) -> None:
     batch = ragged.make("padded")
@@ -313,6 +314,7 @@ def test_compiles_without_a_graph_break(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({OBJECTIVES[n].function.__name__ for n in NAMES}))
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 does not see into OBJECTIVES[...]")
 def test_functions_compile_with_hyperparameters_of_the_call(name: str) -> None:
     """Of the values that a call makes, the compiler sees through the making as well."""
     batch = ragged.make("padded")

@@ -8,7 +8,7 @@ mask says which count.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,14 +102,17 @@ class Segments(TensorTree):
         tensor([1., 2.])
         """
         seen = self.less_masked(stats)
-        return replace(seen, mask=seen.mask_without_first(stats.logp.numel())) if stats.shifted else seen
+        return seen._masked_by(seen.mask_without_first(stats.logp.numel())) if stats.shifted else seen
+
+    def _masked_by(self, mask: Tensor) -> Segments:
+        return Segments(mask, self.offsets, self.order, self.shape, self.max_length)
 
     def less_masked(self, stats: TokenStats) -> Segments:
         """These segments less the tokens that were masked when the statistics were taken."""
         if stats.mask is None or self._has_mask_of(stats):
             return self
         masked = stats.mask.reshape(-1)
-        return replace(self, mask=masked if self.mask is None else self.mask & masked)
+        return self._masked_by(masked if self.mask is None else self.mask & masked)
 
     def unseen_tokens(self, stats: TokenStats) -> Tensor | None:
         """How many tokens count here that were masked when the statistics were taken, 0-d; None where none can be."""
@@ -280,7 +283,7 @@ class Segments(TensorTree):
 
     def predicted_by(self, values: Tensor) -> Segments:
         """Less each sequence's first token, where these values come from a shifted pass, which has no prediction for it."""
-        return replace(self, mask=self.mask_without_first(values.numel())) if is_shifted(values) else self
+        return self._masked_by(self.mask_without_first(values.numel())) if is_shifted(values) else self
 
     def reduce(self, values: Tensor) -> Tensor:
         """`sum` of flat values [N] that are known to belong here: [B]."""
