@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests import ranks
 from tests.integrations import trl_async_setup
 from tests.integrations import trl_setup as setup
 
@@ -71,11 +70,7 @@ def results(trainer: Any) -> dict[str, Any]:
     }
 
 
-def on_rank(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+def on_rank(rank: int, folder: Path) -> None:
     for name, changes in CASES.items():
         torch.save(train(folder, name, changes), folder / f"{name}.{rank}.pt")
     torch.save(results(train_async(folder, processes=2)), folder / f"async.{rank}.pt")
@@ -86,10 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both ranks' results of every case are; one pair of processes for all of them."""
     made = tmp_path_factory.mktemp("ranks")
     setup.model().save_pretrained(made / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(on_rank, (made, port), nprocs=2)
+    ranks.run(on_rank, 2, made, group=False)  # accelerate makes it
     return made
 
 

@@ -8,7 +8,6 @@ import math
 import pickle
 import warnings
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
+from tests import ranks
 from tests.sequences.brute_force import ess_ratio
 from tests.step_size.batches import HALF, NAN, QUARTER, fill_gradients, loss_of, parameters
 
@@ -154,10 +154,8 @@ RANKS = {
 }
 
 
-def rank_steps(rank: int, folder: str) -> None:
-    """One process: a step per case of RANKS on the whole group's ESS; writes what it saw."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def rank_steps(rank: int) -> list[tuple[float, float, int, float]]:
+    """A step per case of RANKS on the whole group's ESS: ratio, weight, warnings and rate after it."""
     results = []
     for per_rank in RANKS.values():
         weight = torch.nn.Parameter(torch.zeros(1))
@@ -172,17 +170,15 @@ def rank_steps(rank: int, folder: str) -> None:
             optimizer.step()
         assert rate.ratio is not None
         results.append((rate.ratio.item(), weight.item(), len(caught), optimizer.param_groups[1]["lr"]))
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return results
 
 
-def test_ranks_share_one_ess(tmp_path: Path) -> None:
+def test_ranks_share_one_ess() -> None:
     """Two gloo ranks step by the ESS of the union, bitwise alike, or their parameters drift apart.
 
     A rank that observed nothing takes part; where no rank did, the rate is left alone and the step says so.
     """
-    torch.multiprocessing.spawn(rank_steps, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=False) for r in range(2))
+    first, second = ranks.run(rank_steps, 2)
     assert first == second
     for (case, per_rank), (ratio, weight, warned, lr) in zip(RANKS.items(), first, strict=True):
         union = torch.cat([*per_rank[0], *per_rank[1], torch.zeros(0)])
