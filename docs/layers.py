@@ -18,10 +18,10 @@ BEGIN, END = "<!-- layers -->\n", "<!-- /layers -->"
 # From the ground up, with what is in it.
 ROOMS = {
     "core": "checks, definition of ops,<br/>registry of backends, dtypes",
+    "parallel": "process groups: Ranks,<br/>VocabularyShard, collectives",
     "rows": "logits [N, V] -> tokens [N]:<br/>token_stats, weighted_logp",
     "head": "hidden states -> tokens [N]:<br/>linear_token_stats, patch_head",
     "sequences": "tokens -> sequences [B] -> scalars:<br/>Segments, ESS, baselines, vcpo_loss",
-    "parallel": "many ranks",
     "sequence_gradients": "exact norms by sequence:<br/>SequenceGradients, OPOBAccumulator",
     "objectives": "every stabilizer as a value,<br/>advantages",
     "step_size": "EssLearningRate",

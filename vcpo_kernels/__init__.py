@@ -6,6 +6,8 @@ from vcpo_kernels.core.registry import use_backend
 from vcpo_kernels.head.linear_token_stats import linear_token_stats
 from vcpo_kernels.head.linear_weighted_logp import linear_weighted_logp
 from vcpo_kernels.head.patch_head import HeadOutput, patch_head
+from vcpo_kernels.parallel.ranks import Ranks
+from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows.token_stats import TokenStats, token_stats
 from vcpo_kernels.rows.weighted_logp import weighted_logp
 from vcpo_kernels.sequence_gradients.context import SequenceGradients
@@ -22,11 +24,13 @@ __all__ = [
     "EssLearningRate",
     "HeadOutput",
     "OPOBAccumulator",
+    "Ranks",
     "Segments",
     "SequenceGradients",
     "TokenStats",
     "VCPOConfig",
     "VCPOOutput",
+    "VocabularyShard",
     "__version__",
     "effective_sample_size",
     "linear_token_stats",

@@ -1,4 +1,4 @@
-"""What many ranks add: averages of gradients that were formed outside of DDP's own hooks."""
+"""What many ranks share: groups, shards, the few sums that cross them, and averages of gradients formed outside of DDP."""
 
 from vcpo_kernels.parallel.averaging import average_gradients
 

@@ -1,6 +1,6 @@
 """Averaging gradients over a process group, once, as DistributedDataParallel would have.
 
-Layer: parameters. For whoever formed `param.grad` outside of DDP's own hooks.
+Layer: process groups. For whoever formed `param.grad` outside of DDP's own hooks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,84 @@
+"""VocabularyShard: which entries of the vocabulary a rank holds.
+
+Layer: process groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
+from vcpo_kernels.parallel.ranks import check_group
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """This rank's entries of rows of logits, or of a head's weight, that the ranks of `group` share.
+
+    group: the process group. start: this rank's first entry. size: how many entries the vocabulary has, all ranks together;
+    entries of a shard from there on are padding and count nothing.
+
+    Raises TypeError or ValueError, naming the argument.
+    """
+
+    group: Any
+    start: int
+    size: int
+
+    def __post_init__(self) -> None:
+        check = Check("VocabularyShard")
+        if self.group is None:
+            raise check.type_error("group must be a torch.distributed process group, got None.")
+        check_group(check, "group", self.group)
+        check.integer("start", self.start, 0)
+        check.integer("size", self.size, 1)
+
+    @staticmethod
+    def even(group: Any, entries: int, size: int | None = None) -> VocabularyShard:
+        """As Megatron splits a (padded) vocabulary: every rank of `group` holds as many entries, in the order of the ranks.
+
+        entries: of this rank, logits.shape[-1] or weight.shape[0]. size: of the vocabulary before it was padded; None: of all
+        shards together.
+        """
+        check = Check("VocabularyShard.even")
+        entries = check.integer("entries", entries, 0)
+        check_group(check, "group", group)
+        whole = entries * dist.get_world_size(group)
+        if size is not None and check.integer("size", size, 1) > whole:
+            raise check.value_error(
+                f"size must be at most the shards' {whole} entries ({entries} a rank), got {size}. It is the vocabulary's "
+                "size before it was padded to be split."
+            )
+        return VocabularyShard(group, dist.get_rank(group) * entries, whole if size is None else size)
+
+    @staticmethod
+    def of_dtensor(tensor: Tensor, dim: int) -> VocabularyShard:
+        """As a DTensor is sharded in its dimension `dim`, evenly or not. Raises ValueError where it is not, or twice."""
+        from torch.distributed.tensor import Shard
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        check = Check("VocabularyShard.of_dtensor")
+        if not hasattr(tensor, "placements"):
+            raise check.type_error(f"tensor must be a DTensor, got {checks.describe(tensor)}.")
+        given: Any = tensor
+        dim %= given.dim()
+        at = [
+            i for i, placement in enumerate(given.placements) if isinstance(placement, Shard) and placement.dim == dim
+        ]
+        if len(at) != 1:
+            raise check.value_error(
+                f"tensor must be sharded once in dimension {dim}, got placements {given.placements}. Redistribute it: "
+                f"tensor.redistribute(mesh, [Shard({dim})])."
+            )
+        local, offset = compute_local_shape_and_global_offset(given.shape, given.device_mesh, given.placements)
+        start = offset[dim] if local[dim] else given.shape[dim]
+        return VocabularyShard(given.device_mesh.get_group(at[0]), start, given.shape[dim])
+
+    def width(self, entries: int) -> int:
+        """How many of this rank's entries are of the vocabulary, and no padding."""
+        return max(0, min(self.size - self.start, entries))
