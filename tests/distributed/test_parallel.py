@@ -29,15 +29,16 @@ def on_rank(rank: int) -> dict[str, Any]:
     value = torch.tensor([1.0 + rank], requires_grad=True)
     (collectives.summed(value * value, group) * 3).sum().backward()
     return {
-        "sizes": (found.data_size, found.sequence_size, dist.get_world_size(found.vocabulary)),
+        "sizes": [1 if g is None else dist.get_world_size(g) for g in (found.data, found.sequence, found.vocabulary)],
+        "factors": (vk.Ranks.of(mesh, averaged=True).loss_factor, found.loss_factor),
         "even": vars(vk.VocabularyShard.even(group, 4, 7)) | {"group": None},
         "width": vk.VocabularyShard.even(group, 4, 7).width(4),
         "uneven": (vk.VocabularyShard.of_dtensor(uneven, 0).start, vk.VocabularyShard.of_dtensor(uneven, -2).size),
         "replicated": _message(lambda: vk.VocabularyShard.of_dtensor(uneven.redistribute(flat, [Replicate()]), 0)),
         "other dimension": _message(lambda: vk.VocabularyShard.of_dtensor(uneven, 1)),
         "too large": _message(lambda: vk.VocabularyShard.even(group, 4, 9)),
-        "rows": collectives.gathered_rows(rows, group),
-        "equal rows": collectives.gathered_rows(rows[:1], group, equal=True),
+        "rows": collectives.gathered_rows(rows, group, uneven=True),
+        "equal rows": collectives.gathered_rows(rows[:1], group),
         "gradient": value.grad,
         "of a mesh dimension": _message(lambda: vk.Ranks(data=flat)),
         "unknown": _message(lambda: vk.Ranks.of(init_device_mesh("cpu", (2,), mesh_dim_names=("pepper",)))),
@@ -58,7 +59,8 @@ def both() -> list[dict[str, Any]]:
 
 def test_groups_by_the_names_of_a_mesh(both: list[dict[str, Any]]) -> None:
     for result in both:
-        assert result["sizes"] == (2, 1, 1)
+        assert result["sizes"] == [2, 1, 1]
+        assert result["factors"] == (2, 1)
         assert result["unknown"].startswith("ValueError: Ranks.of: mesh must have dimensions of batch, cp, ddp")
         assert "got 'pepper' too" in result["unknown"]
         assert "without names" in result["nameless"]
@@ -84,12 +86,14 @@ def test_rows_of_all_ranks(both: list[dict[str, Any]]) -> None:
     """In the order of the ranks, the same bits on all, whatever each has."""
     want = torch.tensor([[0.0, 1.0], [10.0, 11.0], [12.0, 13.0]])
     for rank, result in enumerate(both):
-        rows, mine = result["rows"]
-        assert torch.equal(rows, want)
-        assert mine == (slice(0, 1), slice(1, 3))[rank]
-        rows, mine = result["equal rows"]
-        assert torch.equal(rows, want[:2])
-        assert mine == slice(rank, rank + 1)
+        got = result["rows"]
+        assert torch.equal(got.rows, want)
+        assert got.mine == (slice(0, 1), slice(1, 3))[rank]
+        assert got.first.tolist() == [0, 1, 1]
+        got = result["equal rows"]
+        assert torch.equal(got.rows, want[:2])
+        assert got.mine == slice(rank, rank + 1)
+        assert got.first.tolist() == [0, 1]
 
 
 def test_a_sums_gradient_is_each_ranks_own(both: list[dict[str, Any]]) -> None:
@@ -99,7 +103,7 @@ def test_a_sums_gradient_is_each_ranks_own(both: list[dict[str, Any]]) -> None:
 
 def test_no_group_is_one_rank() -> None:
     rows = torch.ones(2, 3)
-    assert collectives.gathered_rows(rows, None)[0] is rows
+    assert collectives.gathered_rows(rows, None).rows is rows
     assert collectives.summed(rows, None) is rows
     assert torch.equal(collectives.gathered(rows, None), rows[None])
     with pytest.raises(TypeError, match=r"VocabularyShard: group must be a torch.distributed process group, got None"):

@@ -6,7 +6,7 @@ them sends objects or waits for a device. torch.compile traces them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,22 +47,37 @@ def summed(value: Tensor, group: Any) -> Tensor:
     return out
 
 
-def gathered_rows(rows: Tensor, group: Any, equal: bool = False) -> tuple[Tensor, slice]:
-    """All ranks' rows [B of all, K] in the order of the ranks, and which are this rank's. Not differentiable.
-
-    equal: every rank has as many rows. Where that is not known, their numbers are gathered first and read on the host.
+class GatheredRows(NamedTuple):
+    """rows: [B of all ranks, K], in the order of the ranks. mine: which are this rank's. first: [B of all], the index of the
+    first row of each row's rank.
     """
-    ranks = size_of(group)
+
+    rows: Tensor
+    mine: slice
+    first: Tensor
+
+
+def gathered_rows(rows: Tensor, group: Any, uneven: bool = False) -> GatheredRows:
+    """All ranks' rows, of [B, K] each. Not differentiable.
+
+    uneven: B may differ from rank to rank. The numbers are then gathered first, and read on the host.
+    """
+    ranks, count = size_of(group), len(rows)
     if ranks == 1:
-        return rows, slice(0, len(rows))
-    mine = dist.get_rank(group)
-    if equal:
-        return gathered(rows, group).flatten(0, 1), slice(mine * len(rows), (mine + 1) * len(rows))
-    counts = gathered(torch.tensor([len(rows)], device=rows.device), group).flatten().tolist()
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, max(counts) - len(rows)))
-    every = torch.cat([of_rank[:count] for of_rank, count in zip(gathered(padded, group), counts, strict=True)])
-    start = sum(counts[:mine])
-    return every, slice(start, start + counts[mine])
+        return GatheredRows(rows, slice(0, count), torch.zeros(count, dtype=torch.int64, device=rows.device))
+    rank = dist.get_rank(group)
+    if not uneven:
+        starts = torch.arange(ranks, device=rows.device) * count
+        mine = slice(rank * count, (rank + 1) * count)
+        return GatheredRows(gathered(rows, group).flatten(0, 1), mine, starts.repeat_interleave(count))
+    counts = gathered(torch.tensor(count, device=rows.device), group)
+    numbers = counts.tolist()
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, max(numbers) - count))
+    every = [of_rank[:n] for of_rank, n in zip(gathered(padded, group), numbers, strict=True)]
+    start = sum(numbers[:rank])
+    return GatheredRows(
+        torch.cat(every), slice(start, start + count), (counts.cumsum(0) - counts).repeat_interleave(counts)
+    )
 
 
 def gathered(value: Tensor, group: Any) -> Tensor:
@@ -75,8 +90,7 @@ def gathered(value: Tensor, group: Any) -> Tensor:
         from torch.distributed import _functional_collectives as functional
 
         return functional.all_gather_tensor(value[None], 0, group)
-    out = value.new_empty(ranks, *value.shape)
-    dist.all_gather_into_tensor(
-        out.view(ranks * value.shape[0], *value.shape[1:]) if value.dim() else out, value, group=group
-    )
-    return out
+    own = value.reshape(1) if value.dim() == 0 else value
+    out = own.new_empty(ranks * len(own), *own.shape[1:])
+    dist.all_gather_into_tensor(out, own, group=group)
+    return out.view(ranks, *value.shape)

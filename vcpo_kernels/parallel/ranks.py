@@ -30,24 +30,34 @@ class Ranks:
     data: ranks that hold other sequences of the same step. sequence: other tokens of the same sequences (context
     parallelism, Ulysses). vocabulary: other entries of the same rows of logits (tensor parallelism).
 
+    averaged: gradients are averaged over data and sequence ranks (DistributedDataParallel, FSDP). A loss is this rank's
+    share, whose gradient is to be summed over them; with averaged=True it is multiplied by their number, so that the
+    average is that sum.
+    uneven: data ranks may hold different numbers of sequences. Their numbers are then gathered first, one collective more,
+    and read on the host. Where they differ and this is False, the collective fails.
+
     Raises TypeError for what is no process group.
 
     >>> import vcpo_kernels as vk
-    >>> vk.Ranks().data_size
+    >>> vk.Ranks(averaged=True).loss_factor
     1
     """
 
     data: Any = None
     sequence: Any = None
     vocabulary: Any = None
+    averaged: bool = False
+    uneven: bool = False
 
     def __post_init__(self) -> None:
         check = Check("Ranks")
         for name in DIMENSIONS:
             check_group(check, name, getattr(self, name))
+        for switch in ("averaged", "uneven"):
+            check.boolean(switch, getattr(self, switch))
 
     @staticmethod
-    def of(mesh: Any) -> Ranks:
+    def of(mesh: Any, averaged: bool = False, uneven: bool = False) -> Ranks:
         """The groups of a torch.distributed DeviceMesh, by the names of its dimensions (`DIMENSIONS`).
 
         Several dimensions of one kind (dp_replicate and dp_shard) are taken together, which makes a group of them: a call
@@ -68,17 +78,13 @@ class Ranks:
                 f"mesh must have dimensions of {', '.join(sorted(known))}, got {', '.join(map(repr, unknown))} too. "
                 "Pass the groups by hand: Ranks(data=mesh['...'].get_group(), ...)."
             )
-        return Ranks(**{kind: _group_of(mesh, [n for n in names if n in of]) for kind, of in DIMENSIONS.items()})
+        groups = {kind: _group_of(mesh, [n for n in names if n in of]) for kind, of in DIMENSIONS.items()}
+        return Ranks(**groups, averaged=averaged, uneven=uneven)
 
     @property
-    def data_size(self) -> int:
-        """How many ranks hold other sequences, this one counted."""
-        return size_of(self.data)
-
-    @property
-    def sequence_size(self) -> int:
-        """How many ranks share a sequence, this one counted."""
-        return size_of(self.sequence)
+    def loss_factor(self) -> int:
+        """What this rank's share of a loss is multiplied by: the number of ranks that gradients are averaged over, or 1."""
+        return size_of(self.data) * size_of(self.sequence) if self.averaged else 1
 
 
 def _group_of(mesh: Any, names: list[str]) -> Any:

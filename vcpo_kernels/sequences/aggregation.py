@@ -35,9 +35,9 @@ def longest_possible(
     """T_max of "seq-mean-token-sum-norm": as given, else the padded length. name, fix: of the argument, for the error."""
     if aggregation != "seq-mean-token-sum-norm" or max_tokens is not None:
         return max_tokens
-    if segments.max_length is None:
+    if segments.max_length is None or segments.sequence_group is not None:
         raise check.value_error(
-            f"aggregation 'seq-mean-token-sum-norm' needs {name} for packed and indexed segments, whose longest possible "
-            f"sequence is not known. {fix} to the generation limit."
+            f"aggregation 'seq-mean-token-sum-norm' needs {name} for packed and indexed segments, and for sequences split "
+            f"over ranks, whose longest possible sequence is not known. {fix} to the generation limit."
         )
     return float(segments.max_length)

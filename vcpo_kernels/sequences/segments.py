@@ -17,6 +17,8 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.trees import TensorTree
+from vcpo_kernels.parallel.collectives import summed
+from vcpo_kernels.parallel.ranks import check_group, size_of
 from vcpo_kernels.rows.token_stats import TokenStats, is_shifted
 from vcpo_kernels.sequences.segment_sum import segment_spread, segment_sum
 
@@ -57,15 +59,19 @@ class Segments(TensorTree):
     order: int64 [N] flat positions sorted by sequence (indexed batches), or None where they are sorted already.
     shape: the shape token tensors must have; None (packed): any shape with as many elements.
     max_length: the longest that a sequence can be, where the layout tells (padded: T), else None.
+    sequence_group: the process group of the ranks that hold other tokens of the same sequences (context parallelism), each
+        in its own segments of as many sequences; sums, means and lengths are then of whole sequences, on every rank, by one
+        all-reduce each. None: this rank has them whole.
     """
 
-    STATIC = ("shape", "max_length")
+    STATIC = ("shape", "max_length", "sequence_group")
 
     mask: Tensor | None
     offsets: Tensor
     order: Tensor | None
     shape: tuple[int, ...] | None
     max_length: int | None
+    sequence_group: Any = None
 
     @property
     def num_sequences(self) -> int:
@@ -76,7 +82,7 @@ class Segments(TensorTree):
     def lengths(self) -> Tensor:
         """Valid tokens of each sequence, |T_i|: float32 [B]."""
         if self.mask is None:
-            return torch.diff(self.offsets).float()
+            return summed(torch.diff(self.offsets).float(), self.sequence_group)
         return self.reduce(self.mask.float())
 
     def mask_without_first(self, num_tokens: int) -> Tensor:
@@ -102,10 +108,27 @@ class Segments(TensorTree):
         tensor([1., 2.])
         """
         seen = self.less_masked(stats)
-        return seen._masked_by(seen.mask_without_first(stats.logp.numel())) if stats.shifted else seen
+        return seen.less_first(stats.logp.numel()) if stats.shifted else seen
 
     def _masked_by(self, mask: Tensor) -> Segments:
-        return Segments(mask, self.offsets, self.order, self.shape, self.max_length)
+        return Segments(mask, self.offsets, self.order, self.shape, self.max_length, self.sequence_group)
+
+    def less_first(self, num_tokens: int) -> Segments:
+        """Less what a shifted pass over these num_tokens has no prediction for.
+
+        Raises ValueError where sequences are split over ranks: such a pass lacks each part's first token.
+        """
+        if size_of(self.sequence_group) > 1:
+            raise Check("Segments").value_error(
+                "statistics were taken with shift=True, but sequences are split over ranks (sequence_group), and a part's "
+                "first token was predicted on another rank. Shift the labels before they are split, and take statistics "
+                "with shift=False."
+            )
+        return self._masked_by(self.mask_without_first(num_tokens))
+
+    def of_this_rank(self) -> Segments:
+        """These segments' tokens on this rank alone."""
+        return Segments(self.mask, self.offsets, self.order, self.shape, self.max_length)
 
     def less_masked(self, stats: TokenStats) -> Segments:
         """These segments less the tokens that were masked when the statistics were taken."""
@@ -128,10 +151,11 @@ class Segments(TensorTree):
         return same and self.mask.is_contiguous() and stats.mask.is_contiguous()
 
     @staticmethod
-    def padded(mask: Tensor) -> Segments:
+    def padded(mask: Tensor, sequence_group: Any = None) -> Segments:
         """Sequences as rows of a padded batch.
 
         mask: [B, T], true (or 1) where a token counts, normally the response tokens.
+        sequence_group: see `Segments`; also of the other two.
 
         Raises TypeError or ValueError for anything else.
 
@@ -148,10 +172,11 @@ class Segments(TensorTree):
             )
         batch, length = mask.shape
         offsets = torch.arange(batch + 1, device=mask.device) * length
-        return Segments(mask.reshape(-1), offsets, None, (batch, length), length)
+        check_group(check, "sequence_group", sequence_group)
+        return Segments(mask.reshape(-1), offsets, None, (batch, length), length, sequence_group)
 
     @staticmethod
-    def packed(cu_seqlens: Tensor, mask: Tensor | None = None) -> Segments:
+    def packed(cu_seqlens: Tensor, mask: Tensor | None = None, sequence_group: Any = None) -> Segments:
         """Sequences end to end in one row of tokens, as varlen attention has them.
 
         cu_seqlens: int32 or int64 [B + 1], ascending from 0; sequence i owns tokens cu_seqlens[i] to cu_seqlens[i + 1].
@@ -189,10 +214,13 @@ class Segments(TensorTree):
                 )
             shape = (mask.numel(),)
             mask = mask.reshape(-1)
-        return Segments(mask, cu_seqlens.to(torch.int64), None, shape, None)
+        check_group(check, "sequence_group", sequence_group)
+        return Segments(mask, cu_seqlens.to(torch.int64), None, shape, None, sequence_group)
 
     @staticmethod
-    def indexed(segment_id: Tensor, num_sequences: int, mask: Tensor | None = None) -> Segments:
+    def indexed(
+        segment_id: Tensor, num_sequences: int, mask: Tensor | None = None, sequence_group: Any = None
+    ) -> Segments:
         """Tokens in any order, each with the number of its sequence (prefix-tree-packed rows, shuffled micro-batches).
 
         segment_id: integers, any shape; -1 marks a token of no sequence.
@@ -222,7 +250,9 @@ class Segments(TensorTree):
         last = torch.where((ids < 0) | (ids >= num_sequences), num_sequences, ids.to(torch.int64))
         in_order, order = torch.sort(last, stable=True)
         bounds = torch.arange(num_sequences + 1, device=ids.device)
-        return Segments(mask, torch.searchsorted(in_order, bounds), order, tuple(segment_id.shape), None)
+        check_group(check, "sequence_group", sequence_group)
+        offsets = torch.searchsorted(in_order, bounds)
+        return Segments(mask, offsets, order, tuple(segment_id.shape), None, sequence_group)
 
     def flat(self, check: Check, name: str, value: Any) -> Tensor:
         """A token tensor as [N], after checking that it belongs to these segments."""
@@ -283,11 +313,11 @@ class Segments(TensorTree):
 
     def predicted_by(self, values: Tensor) -> Segments:
         """Less each sequence's first token, where these values come from a shifted pass, which has no prediction for it."""
-        return self._masked_by(self.mask_without_first(values.numel())) if is_shifted(values) else self
+        return self.less_first(values.numel()) if is_shifted(values) else self
 
     def reduce(self, values: Tensor) -> Tensor:
         """`sum` of flat values [N] that are known to belong here: [B]."""
-        return segment_sum(values, *self.tensors)
+        return summed(segment_sum(values, *self.tensors), self.sequence_group)
 
     def expand(self, per_sequence: Tensor, num_tokens: int) -> Tensor:
         """`spread` to flat tokens: [B] -> [num_tokens]."""

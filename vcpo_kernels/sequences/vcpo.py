@@ -13,14 +13,16 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.trees import TensorTree
+from vcpo_kernels.parallel.ranks import Ranks
 from vcpo_kernels.rows.token_loss import policy_loss
 from vcpo_kernels.rows.token_stats import TokenStats, check_stats
-from vcpo_kernels.sequences import baselines
+from vcpo_kernels.sequences import baselines, over_ranks
 from vcpo_kernels.sequences.aggregation import AGGREGATIONS, longest_possible
 from vcpo_kernels.sequences.behavior import warn_of_behavior
 from vcpo_kernels.sequences.log_weights import usable
 from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
-from vcpo_kernels.sequences.vcpo_coefficients import METRICS, vcpo_coefficients
+from vcpo_kernels.sequences.sequence_results import Switches
+from vcpo_kernels.sequences.vcpo_coefficients import METRICS, SequenceResults, vcpo_coefficients
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def vcpo_loss(
     segments: Segments,
     config: VCPOConfig | None = None,
     num_groups: int | None = None,
+    ranks: Ranks | None = None,
 ) -> VCPOOutput:
     """VCPO's loss, ESS and baselines from the statistics of a batch of sequences.
 
@@ -123,6 +126,11 @@ def vcpo_loss(
         segments: which tokens belong to which sequence, and which count.
         config: every switch; None: the paper's defaults.
         num_groups: for group ids, how many there are; default B, which needs no synchronisation.
+        ranks: the ranks that hold the step's other sequences and, where segments have a sequence_group, their sequences'
+            other tokens. ESS, baselines, counts and metrics are then the whole step's, the same bits on every rank;
+            log_weights, advantages and coefficients this rank's sequences'. An int `groups` means groups that are whole on
+            this rank; ids are the step's, numbered below num_groups (default: the step's B). The loss is this rank's share:
+            gradients are to be summed over data and sequence ranks (`Ranks.averaged`). Two collectives.
 
     Returns:
         VCPOOutput.
@@ -141,53 +149,22 @@ def vcpo_loss(
     >>> out.loss.backward()
     """
     check = Check("vcpo_loss")
-    config = VCPOConfig() if config is None else config
-    if not isinstance(config, VCPOConfig):
-        raise check.type_error(
-            f"config must be a VCPOConfig, got {checks.describe(config)}. Make one: VCPOConfig(...)."
-        )
-    check_segments(check, segments)
-    check_stats(check, stats)
-    logp = segments.flat(check, "stats", stats.logp)
-    check.tensor("behavior_logp", behavior_logp, checks.FLOAT_DTYPES)
-    mu = segments.flat(check, "behavior_logp", behavior_logp).detach()
-    check.shape("behavior_logp", mu, logp.shape, "as many tokens as stats")
-    batch = segments.num_sequences
-    check.tensor("rewards", rewards)
-    check.shape("rewards", rewards, (batch,), "one reward per sequence", "Flatten it: rewards.reshape(-1).")
-    check.same_device("rewards", rewards, "stats", logp)
-    rewards = rewards.detach().to(logp.dtype)
-    ids, group_size, count = baselines.check_groups(check, groups, batch, num_groups)
-    if ids is not None:
-        check.same_device("groups", ids, "stats", logp)
-    token_scores, score_norms = _norms(check, config, stats, segments, logp)
-    max_tokens = longest_possible(
-        check, config.aggregation, config.max_tokens, segments, "config.max_tokens", "Set VCPOConfig(max_tokens=...)"
-    )
-    unseen = check_seen(check, segments, stats)
-    segments = segments.less_masked(stats)
-    if stats.shifted and segments.max_length is None:
-        # A packed sequence's first token was predicted from its neighbour: in no count, and without a gradient. (In padded
-        # rows that is entry 0, which the op skips and token_stats gives no gradient.)
-        segments = segments.seen_by(stats)
-    results = vcpo_coefficients(
-        logp.detach(), mu.to(logp.dtype), token_scores, score_norms, rewards,
-        ids, group_size, count,
-        *segments.tensors, stats.shifted,
-        config.baseline_weighting, config.aggregation, config.normalize_std, config.max_weight, config.ess_max_weight,
-        config.num_sequences, config.num_tokens, max_tokens,
-    )  # fmt: skip
-    if checks.readable(rewards):
-        baselines.check_rewards(check, rewards, results.lengths > 0)
-        if score_norms is not None:
-            taking_part = (results.lengths > 0) & usable(results.log_weights)
-            baselines.check_norms(check, "config.score_norm", score_norms, taking_part)
-        seen = segments.seen_by(stats).valid(logp.numel())
-        warn_of_behavior(check.where, logp, mu, seen)
-    loss = policy_loss(logp, results.coefficients, results.lengths, *segments.tensors)
+    x = _checked(check, stats, behavior_logp, rewards, segments, config)
+    ranks = _ranks_of(check, ranks, segments)
+    if ranks is None:
+        results = _of_this_rank(check, x, groups, num_groups)
+    else:
+        results = _of_all_ranks(check, ranks, x, groups, num_groups)
+    if checks.readable(x.logp):
+        warn_of_behavior(check.where, x.logp, x.behavior_logp, x.seen().valid(x.logp.numel()))
+    if ranks is None:
+        loss = policy_loss(x.logp, results.coefficients, results.lengths, *x.segments.tensors)
+    else:
+        share = x.seen().of_this_rank()
+        loss = policy_loss(x.logp, results.coefficients * ranks.loss_factor, share.lengths, *share.tensors)
     metrics = dict(zip(METRICS, results.metrics.unbind(), strict=True))
-    if unseen is not None:
-        metrics["unseen_tokens"] = unseen.to(logp.dtype)
+    if x.unseen is not None:
+        metrics["unseen_tokens"] = x.unseen.to(x.logp.dtype)
     return VCPOOutput(
         loss=loss,
         log_weights=results.log_weights,
@@ -199,6 +176,118 @@ def vcpo_loss(
         metrics=metrics,
         ess_moments=results.moments,
     )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """vcpo_loss's arguments, checked. Tokens flat [N], sequences [B]; one of token_scores and score_norms is None."""
+
+    logp: Tensor
+    behavior_logp: Tensor
+    token_scores: Tensor | None
+    score_norms: Tensor | None
+    rewards: Tensor
+    segments: Segments
+    shifted: bool
+    switches: Switches
+    unseen: Tensor | None
+
+    def seen(self) -> Segments:
+        """The segments less what the statistics say nothing of."""
+        padded = self.segments.max_length is not None
+        return self.segments.less_first(self.logp.numel()) if self.shifted and padded else self.segments
+
+    def check_values(self, check: Check, results: SequenceResults, rewards: Tensor, norms: Tensor | None) -> None:
+        """On the CPU, raise for rewards and norms of valid sequences that are no numbers."""
+        if checks.readable(rewards):
+            baselines.check_rewards(check, rewards, results.lengths > 0)
+            if norms is not None:
+                taking_part = (results.lengths > 0) & usable(results.log_weights)
+                baselines.check_norms(check, "config.score_norm", norms, taking_part)
+
+
+def _checked(
+    check: Check,
+    stats: TokenStats,
+    behavior_logp: Tensor,
+    rewards: Tensor,
+    segments: Segments,
+    config: VCPOConfig | None,
+) -> _Inputs:
+    config = VCPOConfig() if config is None else config
+    if not isinstance(config, VCPOConfig):
+        raise check.type_error(
+            f"config must be a VCPOConfig, got {checks.describe(config)}. Make one: VCPOConfig(...)."
+        )
+    check_segments(check, segments)
+    check_stats(check, stats)
+    logp = segments.flat(check, "stats", stats.logp)
+    check.tensor("behavior_logp", behavior_logp, checks.FLOAT_DTYPES)
+    mu = segments.flat(check, "behavior_logp", behavior_logp).detach()
+    check.shape("behavior_logp", mu, logp.shape, "as many tokens as stats")
+    check.tensor("rewards", rewards)
+    check.shape(
+        "rewards", rewards, (segments.num_sequences,), "one reward per sequence", "Flatten it: rewards.reshape(-1)."
+    )
+    check.same_device("rewards", rewards, "stats", logp)
+    token_scores, score_norms = _norms(check, config, stats, segments, logp)
+    max_tokens = longest_possible(
+        check, config.aggregation, config.max_tokens, segments, "config.max_tokens", "Set VCPOConfig(max_tokens=...)"
+    )
+    unseen = check_seen(check, segments, stats)
+    segments = segments.less_masked(stats)
+    if stats.shifted and segments.max_length is None:
+        # A packed sequence's first token was predicted from its neighbour: in no count, and without a gradient. (In padded
+        # rows that is entry 0, which the op skips and token_stats gives no gradient.)
+        segments = segments.less_first(logp.numel())
+    switches = Switches(
+        config.baseline_weighting, config.aggregation, config.normalize_std, config.max_weight, config.ess_max_weight,
+        config.num_sequences, config.num_tokens, max_tokens,
+    )  # fmt: skip
+    return _Inputs(
+        logp, mu.to(logp.dtype), token_scores, score_norms, rewards.detach().to(logp.dtype), segments, stats.shifted,
+        switches, unseen,
+    )  # fmt: skip
+
+
+def _of_this_rank(check: Check, x: _Inputs, groups: int | Tensor, num_groups: int | None) -> SequenceResults:
+    ids, group_size, count = baselines.check_groups(check, groups, x.segments.num_sequences, num_groups)
+    if ids is not None:
+        check.same_device("groups", ids, "stats", x.logp)
+    results = vcpo_coefficients(
+        x.logp.detach(), x.behavior_logp, x.token_scores, x.score_norms, x.rewards,
+        ids, group_size, count, *x.segments.tensors, x.shifted, *x.switches,
+    )  # fmt: skip
+    x.check_values(check, results, x.rewards, x.score_norms)
+    return results
+
+
+def _ranks_of(check: Check, ranks: Ranks | None, segments: Segments) -> Ranks | None:
+    """The ranks of a step; None where this one has all of it. The segments say who has their sequences' other tokens."""
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise check.type_error(f"ranks must be a Ranks, got {checks.describe(ranks)}. Make one: Ranks.of(mesh).")
+    of_segments = segments.sequence_group
+    if ranks is not None and ranks.sequence is not None and ranks.sequence is not of_segments:
+        raise check.value_error(
+            "ranks.sequence names ranks that hold other tokens of these sequences, which segments must know of too: "
+            "Segments.padded(mask, sequence_group=ranks.sequence)."
+        )
+    if ranks is None and of_segments is not None:
+        return Ranks(sequence=of_segments)
+    return ranks
+
+
+def _of_all_ranks(
+    check: Check, ranks: Ranks, x: _Inputs, groups: int | Tensor, num_groups: int | None
+) -> SequenceResults:
+    groups = over_ranks.check_groups(check, groups, x.segments.num_sequences, num_groups)
+    step = over_ranks.step_results(
+        check, ranks, x.seen(), x.logp.detach(), x.behavior_logp, x.token_scores, x.score_norms, x.rewards,
+        groups, num_groups, x.switches,
+    )  # fmt: skip
+    # Of all ranks' sequences, so that what is wrong on one is an error on all.
+    x.check_values(check, step.results, step.rewards, None if x.score_norms is None else step.score_norms)
+    return step.own()
 
 
 def _norms(

@@ -1,0 +1,117 @@
+"""One batch, split over data and sequence ranks in every way, and its loss on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+import vcpo_kernels as vk
+from tests.distributed import counting
+
+B, T, V = 8, 6, 11
+
+
+@dataclass(frozen=True)
+class Layout:
+    """data, sequence: how many ranks. rows: of each data rank; None: equal parts. groups: an int, or ids of the step."""
+
+    data: int
+    sequence: int
+    rows: tuple[int, ...] | None = None
+    groups: int | tuple[int, ...] = 2
+    config: dict[str, Any] = field(default_factory=dict)
+    averaged: bool = False
+
+    def rows_of(self, rank: int) -> slice:
+        counts = self.rows or (B // self.data,) * self.data
+        start = sum(counts[:rank])
+        return slice(start, start + counts[rank])
+
+
+SPLIT = (0, 1, 2, 3, 0, 1, 2, 3)  # every group has a sequence in each half, and in each quarter of two
+LAYOUTS: dict[str, dict[str, Layout]] = {
+    "2": {
+        "dp2": Layout(2, 1),
+        "dp2, split groups": Layout(2, 1, groups=SPLIT),
+        "dp2, uneven": Layout(2, 1, rows=(6, 2)),
+        "dp2, an empty rank": Layout(2, 1, rows=(0, 8), groups=SPLIT),
+        "dp2, averaged": Layout(2, 1, averaged=True),
+        "cp2": Layout(1, 2),
+        "cp2, token mean": Layout(1, 2, config={"aggregation": "token-mean", "baseline_weighting": "estimator"}),
+        "cp2, fixed length": Layout(1, 2, config={"aggregation": "seq-mean-token-sum-norm", "max_tokens": float(T)}),
+    },
+    "4": {
+        "dp4, split groups": Layout(4, 1, groups=SPLIT),
+        "dp4, uneven": Layout(4, 1, rows=(3, 0, 4, 1), groups=SPLIT),
+        "dp2 x cp2": Layout(2, 2, averaged=True),
+        "dp2 x cp2, split groups": Layout(2, 2, groups=SPLIT, config={"max_weight": None, "normalize_std": True}),
+        "cp4, split groups": Layout(1, 4, groups=SPLIT, config={"ess_max_weight": 2.0}),
+    },
+}
+
+
+def whole() -> dict[str, Tensor]:
+    """A batch with a sequence without tokens, one that only the first half of T has tokens of, a broken one."""
+    torch.manual_seed(0)
+    logits, ids = torch.randn(B, T, V) * 2, torch.randint(0, V, (B, T))
+    mask = torch.rand(B, T) < 0.8
+    mask[2], mask[5, 3:] = False, False
+    mu = torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0] + 0.3 * torch.randn(B, T)
+    mu[6, 1], mask[6, 1] = float("nan"), True
+    return {"logits": logits, "ids": ids, "mask": mask, "mu": mu, "rewards": torch.rand(B)}
+
+
+def config_of(layout: Layout) -> vk.VCPOConfig:
+    return vk.VCPOConfig(**layout.config)
+
+
+def groups_of(layout: Layout, rows: slice = slice(None)) -> int | Tensor:
+    return layout.groups if isinstance(layout.groups, int) else torch.tensor(layout.groups)[rows]
+
+
+def on_one_device(layout: Layout) -> tuple[vk.VCPOOutput, Tensor]:
+    """The loss of the whole batch, and d logits."""
+    x = whole()
+    logits = x["logits"].clone().requires_grad_()
+    stats = vk.token_stats(logits, x["ids"], x["mask"])
+    out = vk.vcpo_loss(
+        stats, x["mu"], x["rewards"], groups_of(layout), vk.Segments.padded(x["mask"]), config_of(layout)
+    )
+    out.loss.backward()
+    assert logits.grad is not None
+    return out, logits.grad
+
+
+def on_rank(rank: int, names: str) -> dict[str, dict[str, Any]]:
+    """Every layout of LAYOUTS[names] on this rank: its part of the batch, its results and how they were communicated."""
+    return {name: _run(layout) for name, layout in LAYOUTS[names].items()}
+
+
+def _run(layout: Layout) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (layout.data, layout.sequence), mesh_dim_names=("dp", "cp"))
+    uneven = layout.rows is not None
+    ranks = vk.Ranks.of(mesh, averaged=layout.averaged, uneven=uneven)
+    columns = T // layout.sequence if T % layout.sequence == 0 else -(-T // layout.sequence)
+    s = mesh.get_local_rank("cp")
+    rows, tokens = layout.rows_of(mesh.get_local_rank("dp")), slice(s * columns, (s + 1) * columns)
+    x = {k: v[rows] if k == "rewards" else v[rows, tokens].contiguous() for k, v in whole().items()}
+    logits = x["logits"].requires_grad_()
+    segments = vk.Segments.padded(x["mask"], sequence_group=ranks.sequence)
+    stats = vk.token_stats(logits, x["ids"], x["mask"])
+    with counting.collectives() as called:
+        out = vk.vcpo_loss(
+            stats, x["mu"], x["rewards"], groups_of(layout, rows), segments, config_of(layout), ranks=ranks
+        )
+    out.loss.backward()
+    dist.barrier()
+    return {
+        "rows": rows, "tokens": tokens, "called": called, "grad": logits.grad,
+        "out": {name: value for name, value in vars(out).items() if isinstance(value, Tensor)},
+        "loss": out.loss.detach(), "metrics": out.metrics, "lengths": segments.lengths,
+        "mean": segments.mean(x["rewards"][:, None].expand(x["mask"].shape).contiguous()),
+    }  # fmt: skip

@@ -1,0 +1,76 @@
+"""vcpo_loss over data and sequence ranks is the one of the whole batch: coefficients, gradients, ESS, baselines, metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests import ranks
+from tests.distributed import batches
+from tests.distributed.batches import LAYOUTS, Layout, on_one_device
+
+PER_SEQUENCE = ("log_weights", "advantages", "coefficients")
+OF_STEP = ("ess", "ess_ratio", "ess_moments", "baselines")
+
+
+def check(layout: Layout, of_ranks: list[dict[str, Any]]) -> None:
+    want, grad = on_one_device(layout)
+    close = {"atol": 1e-6, "rtol": 1e-6, "equal_nan": True}
+    first = of_ranks[0]
+    total = sum(result["loss"].double() for result in of_ranks)
+    factor = len(of_ranks) if layout.averaged else 1
+    torch.testing.assert_close(total.float(), factor * want.loss.detach(), **close)
+    for result in of_ranks:
+        for name in PER_SEQUENCE:
+            torch.testing.assert_close(result["out"][name], getattr(want, name)[result["rows"]], **close)
+        torch.testing.assert_close(result["grad"], factor * grad[result["rows"], result["tokens"]], **close)
+        for name in OF_STEP:
+            assert torch.equal(result["out"][name].nan_to_num(7.0), first["out"][name].nan_to_num(7.0)), name
+        torch.testing.assert_close(result["out"]["ess_moments"], want.ess_moments, **close)
+        torch.testing.assert_close(result["out"]["baselines"], want.baselines, **close)
+        for name, value in want.metrics.items():
+            assert torch.equal(result["metrics"][name], first["metrics"][name]), name
+            torch.testing.assert_close(result["metrics"][name], value, **close)
+
+
+def check_collectives(layout: Layout, called: list[str]) -> None:
+    """One all-reduce over sequence ranks, one gather over data ranks, and one of the numbers of rows where they differ."""
+    gathers = 0 if layout.data == 1 else 2 if layout.rows is not None else 1
+    assert called == ["all_reduce"] * (layout.sequence > 1) + ["all_gather_into_tensor"] * gathers
+
+
+@pytest.fixture(scope="module")
+def of_two() -> list[dict[str, Any]]:
+    return ranks.run(batches.on_rank, 2, "2")
+
+
+@pytest.mark.parametrize("name", LAYOUTS["2"])
+def test_two_ranks(of_two: list[dict[str, Any]], name: str) -> None:
+    layout, results = LAYOUTS["2"][name], [result[name] for result in of_two]
+    check(layout, results)
+    for result in results:
+        check_collectives(layout, result["called"])
+
+
+def test_segments_of_split_sequences_are_whole(of_two: list[dict[str, Any]]) -> None:
+    mask = batches.whole()["mask"]
+    for result in of_two:
+        assert torch.equal(result["cp2"]["lengths"], mask.sum(1).float())
+        rewards = batches.whole()["rewards"] * (mask.sum(1) > 0)
+        torch.testing.assert_close(result["cp2"]["mean"], rewards)
+
+
+@pytest.fixture(scope="module")
+def of_four() -> list[dict[str, Any]]:
+    return ranks.run(batches.on_rank, 4, "4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS["4"])
+def test_four_ranks(of_four: list[dict[str, Any]], name: str) -> None:
+    layout, results = LAYOUTS["4"][name], [result[name] for result in of_four]
+    check(layout, results)
+    for result in results:
+        check_collectives(layout, result["called"])
