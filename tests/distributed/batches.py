@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import vcpo_kernels as vk
 from tests.distributed import counting
+from vcpo_kernels import objectives
 
 B, T, V = 8, 6, 11
 
@@ -92,7 +95,18 @@ def on_rank(rank: int, names: str) -> dict[str, dict[str, Any]]:
     return {name: _run(layout) for name, layout in LAYOUTS[names].items()}
 
 
-def _run(layout: Layout) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Part:
+    """This rank's of the batch: rows and tokens, tensors by name, ranks and segments."""
+
+    rows: slice
+    tokens: slice
+    x: dict[str, Tensor]
+    ranks: vk.Ranks
+    segments: vk.Segments
+
+
+def part_of(layout: Layout) -> Part:
     mesh = init_device_mesh("cpu", (layout.data, layout.sequence), mesh_dim_names=("dp", "cp"))
     uneven = layout.rows is not None
     ranks = vk.Ranks.of(mesh, averaged=layout.averaged, uneven=uneven)
@@ -100,8 +114,13 @@ def _run(layout: Layout) -> dict[str, Any]:
     s = mesh.get_local_rank("cp")
     rows, tokens = layout.rows_of(mesh.get_local_rank("dp")), slice(s * columns, (s + 1) * columns)
     x = {k: v[rows] if k == "rewards" else v[rows, tokens].contiguous() for k, v in whole().items()}
+    return Part(rows, tokens, x, ranks, vk.Segments.padded(x["mask"], sequence_group=ranks.sequence))
+
+
+def _run(layout: Layout) -> dict[str, Any]:
+    part = part_of(layout)
+    rows, tokens, x, ranks, segments = part.rows, part.tokens, part.x, part.ranks, part.segments
     logits = x["logits"].requires_grad_()
-    segments = vk.Segments.padded(x["mask"], sequence_group=ranks.sequence)
     stats = vk.token_stats(logits, x["ids"], x["mask"])
     with counting.collectives() as called:
         out = vk.vcpo_loss(
@@ -115,3 +134,65 @@ def _run(layout: Layout) -> dict[str, Any]:
         "loss": out.loss.detach(), "metrics": out.metrics, "lengths": segments.lengths,
         "mean": segments.mean(x["rewards"][:, None].expand(x["mask"].shape).contiguous()),
     }  # fmt: skip
+
+
+OF_OBJECTIVES = {
+    "2": ("dp2, uneven", "dp2, averaged", "cp2"),
+    "4": ("dp2 x cp2", "dp4, uneven"),
+}
+
+
+def _terms(objective: Any, x: dict[str, Tensor]) -> dict[str, Any]:
+    """Every extra term at once: KL, entropy, truncated ESS, a proximal policy where the method takes one."""
+    terms: dict[str, Any] = {
+        "reference_logp": x["mu"].nan_to_num(-2.0) - 0.1, "kl_coefficient": 0.1, "entropy_coefficient": 0.01,
+        "ess_max_weight": 2.0, "max_tokens": float(T),
+    }  # fmt: skip
+    if "proximal_logp" in objective.proximal_terms:
+        terms["proximal_logp"] = x["mu"].nan_to_num(-2.0) + 0.2
+    return terms
+
+
+def _loss(objective: Any, x: dict[str, Tensor], logits: Tensor, segments: vk.Segments, **ranks: Any) -> Any:
+    stats = vk.token_stats(logits, x["ids"], x["mask"])
+    return objective(stats, x["mu"], x["rewards"] - 0.5, segments, **_terms(objective, x), **ranks)
+
+
+def _methods() -> Iterator[objectives.TokenObjective]:
+    for name in objectives.__all__:
+        method = getattr(objectives, name)
+        if inspect.isclass(method) and issubclass(method, objectives.TokenObjective) and not inspect.isabstract(method):
+            yield method()
+
+
+# Every method that a rank can take part in, with its defaults.
+METHODS = {method.name: method for method in _methods() if not method.of_one_rank}
+
+
+def objectives_on_one_device() -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, objective in METHODS.items():
+        x = whole()
+        logits = x["logits"].requires_grad_()
+        out = _loss(objective, x, logits, vk.Segments.padded(x["mask"]))
+        out.loss.backward()
+        found[name] = {"out": out, "grad": logits.grad}
+    return found
+
+
+def objectives_on_rank(rank: int, names: str) -> dict[str, dict[str, Any]]:
+    """Every objective in the layouts of OF_OBJECTIVES[names]: (layout, objective) -> results."""
+    found = {}
+    for layout in OF_OBJECTIVES[names]:
+        part = part_of(LAYOUTS[names][layout])
+        for name, objective in METHODS.items():
+            logits = part.x["logits"].detach().clone().requires_grad_()
+            with counting.collectives() as called:
+                out = _loss(objective, part.x, logits, part.segments, ranks=part.ranks)
+            out.loss.backward()
+            found[f"{layout}: {name}"] = {
+                "rows": part.rows, "tokens": part.tokens, "called": called, "grad": logits.grad,
+                "loss": out.loss.detach(), "metrics": out.metrics, "ess_moments": out.ess_moments,
+                "log_weights": out.log_weights, "coefficients": out.coefficients,
+            }  # fmt: skip
+    return found

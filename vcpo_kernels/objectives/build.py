@@ -9,25 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.core.scalars import clamped, filled, log
 from vcpo_kernels.objectives.common import CommonTerms, checked_terms
 from vcpo_kernels.objectives.correction import Correction, corrected_weights
 from vcpo_kernels.objectives.kl import ESTIMATORS
 from vcpo_kernels.objectives.output import ObjectiveOutput
+from vcpo_kernels.objectives.step_sums import Aggregation, StepSums, step_sums
 from vcpo_kernels.objectives.tokens import TokenBatch, like_logp, times, token_batch
 from vcpo_kernels.rows.token_loss import token_loss
 from vcpo_kernels.rows.token_stats import TokenStats
-from vcpo_kernels.sequences.aggregation import aggregation_scale, longest_possible
-from vcpo_kernels.sequences.behavior import log_ratio_metrics, warn_of_behavior
-from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
+from vcpo_kernels.sequences.aggregation import longest_possible
+from vcpo_kernels.sequences.behavior import log_ratio_means, log_ratio_values, warn_of_behavior
+from vcpo_kernels.sequences.ess import ess_from_moments
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
+from vcpo_kernels.sequences.over_ranks import ranks_of
 from vcpo_kernels.sequences.segments import Segments
 
 if TYPE_CHECKING:
@@ -131,55 +132,50 @@ def build_objective(
 ) -> ObjectiveOutput:
     """`objective_from_coefficients`, its common terms as a mapping: what a method does not take cannot slip through it."""
     terms = checked_terms(check, aggregation, common)
+    ranks = ranks_of(check, terms["ranks"], segments)
     tokens = token_batch(check, stats, behavior_logp, advantages, segments, proximal_logp)
     warn_of_behavior(check.where, tokens.logp, tokens.behavior_logp, tokens.valid)
-    scale = _scale(check, aggregation, terms, tokens)
     policy = _policy(check, rule(tokens), tokens, correction, terms.get("token_weights"))
-    value = (scale * policy.values).sum()
-    total = _Total(-value, scale * policy.coefficients, None, {**_metrics(tokens, policy), "policy_loss": -value})
-    if terms["kl_coefficient"]:
-        total = _with_kl(check, total, scale, terms, tokens)
+    kl = _kl(check, terms, tokens) if terms["kl_coefficient"] else None
     entropy = segments.flat(check, "stats", stats.entropy)
-    if terms["entropy_coefficient"]:
-        total = _with_entropy(total, scale, terms["entropy_coefficient"], entropy.detach(), tokens)
-    return _output(segments.flat(check, "stats", stats.logp), entropy, total, tokens, terms["ess_max_weight"], stats)
+    held = torch.where(tokens.valid, entropy.detach().double(), 0.0) if terms["entropy_coefficient"] else None
 
-
-@dataclass(frozen=True)
-class _Total:
-    """The loss (0-d) and its negated derivatives [N], in float64, and what was measured on the way."""
-
-    loss: Tensor
-    coefficients: Tensor
-    entropy_coefficients: Tensor | None
-    metrics: dict[str, Tensor]
-
-
-def _output(
-    logp: Tensor, entropy: Tensor, total: _Total, tokens: TokenBatch, ess_max_weight: float | None, stats: TokenStats
-) -> ObjectiveOutput:
-    log_weights = tokens.segments.reduce(tokens.log_weight)
-    clipped = log_weights
-    if ess_max_weight is not None:  # +inf stays a broken weight, which a clamp would make an ordinary one
-        truncated = clamped(log_weights, high=log(ess_max_weight))
-        clipped = torch.where(log_weights < math.inf, truncated, math.nan)
-    moments = ess_moments(clipped, tokens.lengths > 0)
-    ess, ratio = ess_from_moments(moments)
-    largest = torch.finfo(log_weights.dtype).max
-    metrics = {"ess": ess, "ess_ratio": ratio, **total.metrics}
-    metrics = {key: value.clamp(-largest, largest).to(log_weights.dtype) for key, value in metrics.items()}
-    coefficients = total.coefficients.to(logp.dtype)
-    to_entropy = None if total.entropy_coefficients is None else total.entropy_coefficients.to(entropy.dtype)
+    max_tokens = longest_possible(check, aggregation, terms["max_tokens"], segments, "max_tokens", "Set max_tokens")
+    sums = step_sums(
+        ranks, tokens, Aggregation(aggregation, terms["num_sequences"], terms["num_tokens"], max_tokens),
+        terms["ess_max_weight"], _summands(tokens, policy, kl, held), {"policy": policy.values},
+    )  # fmt: skip
+    scale = sums.scale
+    loss, coefficients, to_entropy = -(scale * policy.values).sum(), scale * policy.coefficients, None
+    if kl is not None:
+        factor = terms["kl_coefficient"] * scale
+        loss, coefficients = loss + (factor * kl.values).sum(), coefficients - factor * kl.slopes
+    if held is not None:
+        loss = loss - terms["entropy_coefficient"] * (scale * held).sum()
+        to_entropy = (terms["entropy_coefficient"] * scale.double()).to(entropy.dtype)
+    logp = segments.flat(check, "stats", stats.logp)
+    coefficients = coefficients.to(logp.dtype)
+    share = 1 if ranks is None else ranks.loss_factor
+    enters = (coefficients, to_entropy, loss)
+    if share != 1:
+        enters = (share * coefficients, None if to_entropy is None else share * to_entropy, share * loss)
+    metrics = _metrics(sums, policy, kl is not None, held is not None)
+    metrics = {key: _in_range(value, sums.log_weights.dtype) for key, value in metrics.items()}
     return ObjectiveOutput(
-        loss=token_loss(logp, entropy, coefficients, to_entropy, total.loss),
+        loss=token_loss(logp, entropy, *enters),
         coefficients=coefficients.view(stats.logp.shape),
         entropy_coefficients=None if to_entropy is None else to_entropy.view(stats.logp.shape),
-        log_weights=log_weights,
+        log_weights=sums.log_weights,
         ess=metrics["ess"],
         ess_ratio=metrics["ess_ratio"],
-        ess_moments=moments,
+        ess_moments=sums.moments,
         metrics=metrics,
     )
+
+
+def _in_range(value: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = torch.finfo(dtype).max
+    return value.clamp(-largest, largest).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -250,8 +246,16 @@ def _check_rule(check: Check, rule: object, tokens: TokenBatch) -> None:
         check.shape(f"the rule's {name}", value, tokens.logp.shape, "one value per token, as tokens.logp")
 
 
-def _with_kl(check: Check, total: _Total, scale: Tensor, terms: dict[str, Any], tokens: TokenBatch) -> _Total:
-    """The loss with its KL penalty. A token whose KL or derivative reaches e^80 has none, and is counted."""
+class _KL(NamedTuple):
+    """The penalty of each token [N] and its derivative by logp, float64, 0 where not ok."""
+
+    values: Tensor
+    slopes: Tensor
+    ok: Tensor
+
+
+def _kl(check: Check, terms: dict[str, Any], tokens: TokenBatch) -> _KL:
+    """A token whose KL or derivative reaches e^80 has none, and is counted."""
     reference = like_logp(check, "reference_logp", terms["reference_logp"], tokens.segments, tokens.logp)
     kl, slope = ESTIMATORS[terms["kl_estimator"]]((tokens.logp - reference).double())
     if terms["kl_importance_weighted"]:
@@ -259,53 +263,50 @@ def _with_kl(check: Check, total: _Total, scale: Tensor, terms: dict[str, Any], 
         kl, slope = ratio * kl, ratio * (kl + slope)
     limit = math.exp(UNTRUNCATED_LIMIT)
     ok = tokens.valid & (kl.abs() < limit) & (slope.abs() < limit)
-    kl, slope = torch.where(ok, kl, 0.0), torch.where(ok, slope, 0.0)
-    factor = terms["kl_coefficient"] * scale
-    measured = {
-        "kl_mean": kl.sum() / ok.sum().clamp(min=1),
-        "kl_nonfinite_tokens": (tokens.valid & ~ok).sum().double(),
+    return _KL(torch.where(ok, kl, 0.0), torch.where(ok, slope, 0.0), ok)
+
+
+def _summands(tokens: TokenBatch, policy: _Policy, kl: _KL | None, held: Tensor | None) -> dict[str, Tensor]:
+    """What metrics are made of once it is summed over the step's tokens, [N] float64."""
+
+    def in_loss(values: Tensor) -> Tensor:
+        return torch.where(policy.in_loss & values.isfinite(), values.double(), 0.0)
+
+    summands = {
+        "in_loss": policy.in_loss.double(),
+        "nonfinite_tokens": (tokens.valid & ~policy.in_loss).double(),
+        "ratio_mean": in_loss(tokens.ratio),
+        "approx_kl": in_loss(-tokens.log_weight),
+        **{f"method {key}": in_loss(values.double()) for key, values in policy.metrics.items()},
+        **log_ratio_values(tokens.log_weight, tokens.valid),
     }
-    return _Total(
-        total.loss + (factor * kl).sum(),
-        total.coefficients - factor * slope,
-        total.entropy_coefficients,
-        {**total.metrics, **measured},
-    )
+    if kl is not None:
+        summands["kl_mean"], summands["kl_tokens"] = kl.values, kl.ok.double()
+        summands["kl_nonfinite_tokens"] = (tokens.valid & ~kl.ok).double()
+    if held is not None:
+        summands["entropy_mean"] = held
+    return summands
 
 
-def _with_entropy(total: _Total, scale: Tensor, coefficient: float, entropy: Tensor, tokens: TokenBatch) -> _Total:
-    held = torch.where(tokens.valid, entropy.double(), 0.0)
-    return _Total(
-        total.loss - coefficient * (scale * held).sum(),
-        total.coefficients,
-        coefficient * scale.double(),
-        {**total.metrics, "entropy_mean": held.sum() / tokens.lengths.sum().clamp(min=1)},
-    )
-
-
-def _metrics(tokens: TokenBatch, policy: _Policy) -> dict[str, Tensor]:
-    count = policy.in_loss.sum().clamp(min=1).double()
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(policy.in_loss & values.isfinite(), values.double(), 0.0).sum() / count
-
-    return {
-        "num_sequences": (tokens.lengths > 0).sum().double(),
-        "num_tokens": tokens.lengths.sum(),
-        "nonfinite_tokens": (tokens.valid & ~policy.in_loss).sum().double(),
-        "ratio_mean": mean(tokens.ratio),
-        "approx_kl": mean(-tokens.log_weight),
-        **log_ratio_metrics(tokens.log_weight, tokens.valid),
-        **{key: mean(values.double()) for key, values in policy.metrics.items()},
+def _metrics(sums: StepSums, policy: _Policy, kl: bool, entropy: bool) -> dict[str, Tensor]:
+    totals = sums.totals
+    ess, ratio = ess_from_moments(sums.moments)
+    count = totals["in_loss"].clamp(min=1)
+    metrics = {
+        "ess": ess,
+        "ess_ratio": ratio,
+        "num_sequences": sums.num_sequences,
+        "num_tokens": sums.num_tokens,
+        "nonfinite_tokens": totals["nonfinite_tokens"],
+        "ratio_mean": totals["ratio_mean"] / count,
+        "approx_kl": totals["approx_kl"] / count,
+        **log_ratio_means(totals),
+        **{key: totals[f"method {key}"] / count for key in policy.metrics},
+        "policy_loss": -sums.scaled["policy"],
     }
-
-
-def _scale(check: Check, aggregation: str, terms: dict[str, Any], tokens: TokenBatch) -> Tensor:
-    """k_t [N] float64, 0 where a token does not count."""
-    given = terms["max_tokens"]
-    max_tokens = longest_possible(check, aggregation, given, tokens.segments, "max_tokens", "Set max_tokens")
-    lengths = tokens.lengths
-    whole = (terms["num_sequences"], terms["num_tokens"])
-    counted = ((lengths > 0).sum().double(), lengths.sum())
-    totals = [c if w is None else filled(c, w) for w, c in zip(whole, counted, strict=True)]
-    return tokens.spread(aggregation_scale(aggregation, lengths, totals[0], totals[1], max_tokens))
+    if kl:
+        metrics["kl_mean"] = totals["kl_mean"] / totals["kl_tokens"].clamp(min=1)
+        metrics["kl_nonfinite_tokens"] = totals["kl_nonfinite_tokens"]
+    if entropy:
+        metrics["entropy_mean"] = totals["entropy_mean"] / sums.num_tokens.clamp(min=1)
+    return metrics

@@ -12,6 +12,7 @@ from torch import Tensor
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.objectives.correction import Correction
 from vcpo_kernels.objectives.kl import ESTIMATORS
+from vcpo_kernels.parallel.ranks import Ranks
 from vcpo_kernels.sequences.aggregation import AGGREGATIONS
 
 
@@ -28,6 +29,11 @@ class CommonTerms(TypedDict, total=False):
         arXiv 2512.02556; TRL's use_bias_correction_kl): unbiased on samples of mu, and k3's gradient becomes r d grad logp.
     entropy_coefficient: factor of the entropy bonus, aggregated like the loss; of either sign.
     ess_max_weight: truncation of the weights that ESS is taken of. None: unclipped.
+    ranks: the ranks that hold the step's other sequences and, where segments have a sequence_group, their sequences' other
+        tokens. Counts, ESS and metrics are then the whole step's, the same bits on every rank, and the loss is this rank's
+        share: gradients are to be summed over data and sequence ranks (`Ranks.averaged`). Two collectives; methods that
+        weigh whole sequences take one more for each sum that they make over sequence ranks, and M2PO, which sorts all
+        tokens, is refused.
     """
 
     num_sequences: float | None
@@ -40,6 +46,7 @@ class CommonTerms(TypedDict, total=False):
     kl_importance_weighted: bool
     entropy_coefficient: float
     ess_max_weight: float | None
+    ranks: Ranks | None
 
 
 class ObjectiveTerms(CommonTerms, total=False):
@@ -62,6 +69,7 @@ DEFAULTS: CommonTerms = {
     "kl_estimator": "k3",
     "kl_importance_weighted": False,
     "entropy_coefficient": 0.0,
+    "ranks": None,
 }
 
 

@@ -139,6 +139,7 @@ class M2PO(TokenObjective):
 
     name: ClassVar[str] = "m2po"
     proximal_terms: ClassVar[tuple[str, ...]] = ()
+    of_one_rank: ClassVar[str] = "it sorts the tokens of the whole batch"
 
     threshold: float = 0.04
     trust_region_only: bool = True

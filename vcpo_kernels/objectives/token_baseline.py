@@ -70,6 +70,11 @@ def optimal_token_advantages(
     tail = check.boolean("zero_tail", zero_tail)
     weights = None if token_weights is None else like_logp(check, "token_weights", token_weights, segments, norms)
     check_seen(check, segments, stats)
+    if segments.sequence_group is not None:
+        raise check.value_error(
+            "segments' sequence_group splits sequences over ranks, and this baseline compares tokens by their position in the "
+            "sequence. Take it where sequences are whole."
+        )
     walk = _Walk(segments.seen_by(stats), norms.numel())
     gathered = norms.double() if weights is None else norms.double() * weights.double().square()
     gathered = torch.where(walk.valid, gathered[walk.order], 0.0)

@@ -20,6 +20,7 @@ from vcpo_kernels.objectives.output import ObjectiveOutput
 from vcpo_kernels.objectives.tokens import TokenBatch
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.aggregation import AGGREGATIONS
+from vcpo_kernels.sequences.over_ranks import ranks_of
 from vcpo_kernels.sequences.segments import Segments
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class TokenObjective(ABC):
     aggregation: "seq-mean-token-mean" | "seq-mean-token-sum" | "seq-mean-token-sum-norm" | "token-mean".
     name: what errors begin with; without one, the class's name.
     proximal_terms: which of proximal_logp and correction a call takes.
+    of_one_rank: why the rule has to see all tokens of the step, which then may not be spread over ranks; empty: it has not.
 
     Raises TypeError or ValueError naming the hyperparameter.
 
@@ -54,6 +56,7 @@ class TokenObjective(ABC):
 
     name: ClassVar[str]
     proximal_terms: ClassVar[tuple[str, ...]] = PROXIMAL_TERMS
+    of_one_rank: ClassVar[str] = ""
 
     aggregation: str = "seq-mean-token-mean"
 
@@ -119,6 +122,11 @@ class TokenObjective(ABC):
             raise self.check.type_error(
                 f"{key} is a hyperparameter, not an argument of a call. Make another value: "
                 f"dataclasses.replace(objective, {key}=...)."
+            )
+        if self.of_one_rank and ranks_of(self.check, common.get("ranks"), segments) is not None:
+            raise self.check.value_error(
+                f"ranks= (or segments' sequence_group) does not go with this method: {self.of_one_rank}. Leave them out, and "
+                "each rank's tokens are a batch of their own."
             )
         given = [common.pop(key, None) if key in self.proximal_terms else None for key in PROXIMAL_TERMS]
         proximal_logp, correction = self.proximal(stats, *given)

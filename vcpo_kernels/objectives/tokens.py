@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class TokenBatch:
     log_weight: log pi/mu. log_ratio: log pi/pi_prox, what the method clips (log pi/mu without proximal_logp).
     log_correction: log pi_prox/mu (None without proximal_logp).
     valid: bool, the tokens that count. sequence_advantages: whether A was given per sequence.
-    lengths: |T_i| [B] float64. segments: whose token is whose, less what a shifted pass has no prediction for.
+    segments: whose token is whose, less what a shifted pass has no prediction for.
     """
 
     logp: Tensor
@@ -54,9 +54,16 @@ class TokenBatch:
     log_ratio: Tensor
     log_correction: Tensor | None
     valid: Tensor
-    lengths: Tensor
     sequence_advantages: bool
     segments: Segments
+    _known: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def lengths(self) -> Tensor:
+        """|T_i|, [B] float64. Where sequences are split over ranks, the first look at it is a collective."""
+        if "lengths" not in self._known:
+            self._known["lengths"] = self.segments.reduce(self.valid.to(self.logp.dtype)).double()
+        return self._known["lengths"]
 
     @property
     def ratio(self) -> Tensor:
@@ -140,7 +147,6 @@ def token_batch(
         log_ratio=theta - (mu if proximal is None else proximal),
         log_correction=None if proximal is None else proximal - mu,
         valid=valid,
-        lengths=segments.reduce(valid.to(logp.dtype)).double(),
         sequence_advantages=per_sequence,
         segments=segments,
     )

@@ -9,6 +9,7 @@ a GPU the metrics `log_ratio_abs_mean` and `log_ratio_negative_fraction` say the
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -29,11 +30,25 @@ _said: set[str] = set()
 
 def log_ratio_metrics(log_ratio: Tensor, valid: Tensor) -> dict[str, Tensor]:
     """Mean magnitude of log pi - log mu [N] over the tokens that count and have a finite one, and the share of them below 0."""
+    return log_ratio_means({name: values.sum() for name, values in log_ratio_values(log_ratio, valid).items()})
+
+
+def log_ratio_values(log_ratio: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """What `log_ratio_means` wants the sums of, [N] float64."""
     finite = valid & log_ratio.isfinite()
-    count = finite.sum().clamp(min=1).double()
     return {
-        "log_ratio_abs_mean": torch.where(finite, log_ratio.abs(), 0.0).double().sum() / count,
-        "log_ratio_negative_fraction": (finite & (log_ratio < 0)).sum() / count,
+        "log_ratio_finite": finite.double(),
+        "log_ratio_abs": torch.where(finite, log_ratio.abs(), 0.0).double(),
+        "log_ratio_negative": (finite & (log_ratio < 0)).double(),
+    }
+
+
+def log_ratio_means(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The two metrics, from the sums of `log_ratio_values` over whatever tokens."""
+    count = sums["log_ratio_finite"].clamp(min=1)
+    return {
+        "log_ratio_abs_mean": sums["log_ratio_abs"] / count,
+        "log_ratio_negative_fraction": sums["log_ratio_negative"] / count,
     }
 
 

@@ -17,9 +17,25 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.parallel import collectives
 from vcpo_kernels.parallel.ranks import Ranks
 from vcpo_kernels.sequences import baselines
-from vcpo_kernels.sequences.segments import Segments
+from vcpo_kernels.sequences.segments import Segments, check_segments
 from vcpo_kernels.sequences.sequence_results import SequenceSums, Switches, sequence_results
 from vcpo_kernels.sequences.vcpo_coefficients import SequenceResults
+
+
+def ranks_of(check: Check, ranks: object, segments: Segments) -> Ranks | None:
+    """The ranks of a step; None where this one has all of it. The segments say who has their sequences' other tokens."""
+    check_segments(check, segments)
+    if ranks is not None and not isinstance(ranks, Ranks):
+        raise check.type_error(f"ranks must be a Ranks, got {checks.describe(ranks)}. Make one: Ranks.of(mesh).")
+    of_segments = segments.sequence_group
+    if ranks is not None and ranks.sequence is not None and ranks.sequence is not of_segments:
+        raise check.value_error(
+            "ranks.sequence names ranks that hold other tokens of these sequences, which segments must know of too: "
+            "Segments.padded(mask, sequence_group=ranks.sequence)."
+        )
+    if ranks is None and of_segments is not None:
+        return Ranks(sequence=of_segments)
+    return ranks
 
 
 class StepResults(NamedTuple):

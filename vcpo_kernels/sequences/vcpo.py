@@ -150,7 +150,7 @@ def vcpo_loss(
     """
     check = Check("vcpo_loss")
     x = _checked(check, stats, behavior_logp, rewards, segments, config)
-    ranks = _ranks_of(check, ranks, segments)
+    ranks = over_ranks.ranks_of(check, ranks, segments)
     if ranks is None:
         results = _of_this_rank(check, x, groups, num_groups)
     else:
@@ -260,21 +260,6 @@ def _of_this_rank(check: Check, x: _Inputs, groups: int | Tensor, num_groups: in
     )  # fmt: skip
     x.check_values(check, results, x.rewards, x.score_norms)
     return results
-
-
-def _ranks_of(check: Check, ranks: Ranks | None, segments: Segments) -> Ranks | None:
-    """The ranks of a step; None where this one has all of it. The segments say who has their sequences' other tokens."""
-    if ranks is not None and not isinstance(ranks, Ranks):
-        raise check.type_error(f"ranks must be a Ranks, got {checks.describe(ranks)}. Make one: Ranks.of(mesh).")
-    of_segments = segments.sequence_group
-    if ranks is not None and ranks.sequence is not None and ranks.sequence is not of_segments:
-        raise check.value_error(
-            "ranks.sequence names ranks that hold other tokens of these sequences, which segments must know of too: "
-            "Segments.padded(mask, sequence_group=ranks.sequence)."
-        )
-    if ranks is None and of_segments is not None:
-        return Ranks(sequence=of_segments)
-    return ranks
 
 
 def _of_all_ranks(
