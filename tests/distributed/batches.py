@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,7 +92,43 @@ def on_one_device(layout: Layout) -> tuple[vk.VCPOOutput, Tensor]:
 
 def on_rank(rank: int, names: str) -> dict[str, dict[str, Any]]:
     """Every layout of LAYOUTS[names] on this rank: its part of the batch, its results and how they were communicated."""
-    return {name: _run(layout) for name, layout in LAYOUTS[names].items()}
+    return {**{name: _run(layout) for name, layout in LAYOUTS[names].items()}, **_refusals()}
+
+
+def _refusals() -> dict[str, Any]:
+    world = dist.group.WORLD
+    x, ids = whole(), torch.tensor([0, 1, 2, 3, 0, 1, 2, -1])
+    stats = vk.token_stats(x["logits"], x["ids"], x["mask"], shift=True)
+    split = vk.Segments.padded(x["mask"], sequence_group=world)
+    plain, unshifted = vk.Segments.padded(x["mask"]), vk.token_stats(x["logits"], x["ids"], x["mask"])
+
+    def loss(segments: vk.Segments, **ranks: Any) -> Any:
+        return vk.vcpo_loss(stats, x["mu"], x["rewards"], 2, segments, **ranks)
+
+    shifted = {
+        "vcpo_loss": lambda: loss(split),
+        "reinforce": lambda: objectives.reinforce(stats, x["mu"], x["rewards"], split),
+        "sequence_log_weights": lambda: vk.sequence_log_weights(stats, x["mu"], split),
+        "sum": lambda: split.sum(stats.logp),
+        "seen_by": lambda: split.seen_by(stats),
+    }
+    rewards = x["rewards"]
+    return {
+        "shifted": {name: message_of(call) for name, call in shifted.items()},
+        "wrong ids": message_of(
+            lambda: vk.vcpo_loss(unshifted, x["mu"], rewards, ids, plain, ranks=vk.Ranks(sequence=None, data=None))
+        ),
+        "unaware": message_of(lambda: loss(plain, ranks=vk.Ranks(sequence=world))),
+    }
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    """Of the TypeError or ValueError that it raises."""
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
 
 
 @dataclass(frozen=True)
@@ -127,8 +163,12 @@ def _run(layout: Layout) -> dict[str, Any]:
             stats, x["mu"], x["rewards"], groups_of(layout, rows), segments, config_of(layout), ranks=ranks
         )
     out.loss.backward()
+    norms = segments.sum(stats.score_sqnorm)
+    ess = vk.effective_sample_size(out.log_weights, segments.lengths > 0, ranks=ranks)
+    baselines = vk.off_policy_baseline(x["rewards"], out.log_weights, norms, groups_of(layout, rows), ranks=ranks)
     dist.barrier()
     return {
+        "effective_sample_size": ess, "off_policy_baseline": baselines,
         "rows": rows, "tokens": tokens, "called": called, "grad": logits.grad,
         "out": {name: value for name, value in vars(out).items() if isinstance(value, Tensor)},
         "loss": out.loss.detach(), "metrics": out.metrics, "lengths": segments.lengths,

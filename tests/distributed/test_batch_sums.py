@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import vcpo_kernels as vk
 from tests import ranks
 from tests.distributed import batches
 from tests.distributed.batches import LAYOUTS, Layout, on_one_device
@@ -35,6 +36,22 @@ def check(layout: Layout, of_ranks: list[dict[str, Any]]) -> None:
             torch.testing.assert_close(result["metrics"][name], value, **close)
 
 
+def check_parts(layout: Layout, of_ranks: list[dict[str, Any]]) -> None:
+    """ESS and the baseline by themselves, which are given log-weights and norms of whole sequences."""
+    x = batches.whole()
+    stats, segments = vk.token_stats(x["logits"], x["ids"], x["mask"]), vk.Segments.padded(x["mask"])
+    log_weights = vk.sequence_log_weights(stats, x["mu"], segments)
+    ess = vk.effective_sample_size(log_weights, segments.lengths > 0)
+    norms = segments.sum(stats.score_sqnorm)
+    want = vk.off_policy_baseline(x["rewards"], log_weights, norms, batches.groups_of(layout))
+    close = {"atol": 1e-6, "rtol": 1e-6, "equal_nan": True}
+    for result in of_ranks:
+        got = result["effective_sample_size"]
+        torch.testing.assert_close(got.moments, ess.moments, **close)
+        assert torch.equal(got.ratio, of_ranks[0]["effective_sample_size"].ratio)
+        torch.testing.assert_close(result["off_policy_baseline"], want, **close)
+
+
 def check_collectives(layout: Layout, called: list[str]) -> None:
     """One all-reduce over sequence ranks, one gather over data ranks, and one of the numbers of rows where they differ."""
     gathers = 0 if layout.data == 1 else 2 if layout.rows is not None else 1
@@ -50,6 +67,7 @@ def of_two() -> list[dict[str, Any]]:
 def test_two_ranks(of_two: list[dict[str, Any]], name: str) -> None:
     layout, results = LAYOUTS["2"][name], [result[name] for result in of_two]
     check(layout, results)
+    check_parts(layout, results)
     for result in results:
         check_collectives(layout, result["called"])
 
@@ -72,5 +90,24 @@ def of_four() -> list[dict[str, Any]]:
 def test_four_ranks(of_four: list[dict[str, Any]], name: str) -> None:
     layout, results = LAYOUTS["4"][name], [result[name] for result in of_four]
     check(layout, results)
+    check_parts(layout, results)
     for result in results:
         check_collectives(layout, result["called"])
+
+
+def test_a_shifted_pass_over_split_sequences_is_refused(of_two: list[dict[str, Any]]) -> None:
+    """A part's first token was predicted on another rank: everything that would count it says so."""
+    for result in of_two:
+        for what, message in result["shifted"].items():
+            assert message.startswith("ValueError"), what
+            assert "Shift the labels before they are split" in message, what
+
+
+def test_ids_of_a_rank_are_refused_on_every_rank(of_two: list[dict[str, Any]]) -> None:
+    for result in of_two:
+        assert "groups must lie in [0, 8) over all ranks, got ids from -1 to 3" in result["wrong ids"]
+
+
+def test_segments_that_do_not_know_their_ranks(of_two: list[dict[str, Any]]) -> None:
+    for result in of_two:
+        assert "Segments.padded(mask, sequence_group=ranks.sequence)" in result["unaware"]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import vcpo_kernels as vk
 from tests import ranks
+from tests.distributed.batches import message_of
 from vcpo_kernels.parallel import collectives
 
 WORLD = 2
@@ -34,22 +35,16 @@ def on_rank(rank: int) -> dict[str, Any]:
         "even": vars(vk.VocabularyShard.even(group, 4, 7)) | {"group": None},
         "width": vk.VocabularyShard.even(group, 4, 7).width(4),
         "uneven": (vk.VocabularyShard.of_dtensor(uneven, 0).start, vk.VocabularyShard.of_dtensor(uneven, -2).size),
-        "replicated": _message(lambda: vk.VocabularyShard.of_dtensor(uneven.redistribute(flat, [Replicate()]), 0)),
-        "other dimension": _message(lambda: vk.VocabularyShard.of_dtensor(uneven, 1)),
-        "too large": _message(lambda: vk.VocabularyShard.even(group, 4, 9)),
+        "replicated": message_of(lambda: vk.VocabularyShard.of_dtensor(uneven.redistribute(flat, [Replicate()]), 0)),
+        "other dimension": message_of(lambda: vk.VocabularyShard.of_dtensor(uneven, 1)),
+        "too large": message_of(lambda: vk.VocabularyShard.even(group, 4, 9)),
         "rows": collectives.gathered_rows(rows, group, uneven=True),
         "equal rows": collectives.gathered_rows(rows[:1], group),
         "gradient": value.grad,
-        "of a mesh dimension": _message(lambda: vk.Ranks(data=flat)),
-        "unknown": _message(lambda: vk.Ranks.of(init_device_mesh("cpu", (2,), mesh_dim_names=("pepper",)))),
-        "nameless": _message(lambda: vk.Ranks.of(init_device_mesh("cpu", (2,)))),
+        "of a mesh dimension": message_of(lambda: vk.Ranks(data=flat)),
+        "unknown": message_of(lambda: vk.Ranks.of(init_device_mesh("cpu", (2,), mesh_dim_names=("pepper",)))),
+        "nameless": message_of(lambda: vk.Ranks.of(init_device_mesh("cpu", (2,)))),
     }
-
-
-def _message(call: Any) -> str:
-    with pytest.raises((TypeError, ValueError)) as error:
-        call()
-    return f"{error.type.__name__}: {error.value}"
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,12 @@ def check_group(check: Check, name: str, group: Any) -> None:
     )
 
 
+def check_ranks(check: Check, ranks: object) -> None:
+    """Raise unless it is a Ranks."""
+    if not isinstance(ranks, Ranks):
+        raise check.type_error(f"ranks must be a Ranks, got {checks.describe(ranks)}. Make one: Ranks.of(mesh).")
+
+
 def size_of(group: Any) -> int:
     """Ranks in a group; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.parallel import collectives
+from vcpo_kernels.parallel.ranks import Ranks, check_ranks
 from vcpo_kernels.sequences.log_weights import usable
 
 
@@ -87,6 +89,53 @@ def check_groups(
     return None, int(groups), num_sequences // int(groups)
 
 
+@dataclass(frozen=True)
+class StepGroups:
+    """Groups of sequences that are spread over ranks.
+
+    given: how many consecutive ones of this rank make a group, or ids [B] that are the step's: a prompt has one on all ranks.
+    count: below which ids are; None: the step's number of sequences.
+    """
+
+    given: int | Tensor
+    count: int | None
+
+    @staticmethod
+    def checked(
+        check: Check, groups: int | Tensor, num_sequences: int, num_groups: int | None, of_one: bool = False
+    ) -> StepGroups:
+        """As `check_groups`, but that what ids are below is not known yet."""
+        if not isinstance(groups, Tensor):
+            return StepGroups(check_groups(check, groups, num_sequences, num_groups, of_one)[1], None)
+        check.tensor("groups", groups, checks.ID_DTYPES, "Number the prompts of the step from 0.")
+        check.shape("groups", groups, (num_sequences,), "one group id per sequence")
+        if num_groups is not None:
+            check.integer("num_groups", num_groups, 0)
+        return StepGroups(groups.to(torch.int64), num_groups)
+
+    def local_ids(self, like: Tensor) -> Tensor:
+        """What is gathered of this rank's sequences, [B]."""
+        if isinstance(self.given, Tensor):
+            return self.given
+        return torch.arange(len(like), device=like.device) // self.given
+
+    def of_step(self, check: Check, ids: Tensor, first: Tensor) -> tuple[Tensor, int]:
+        """Gathered ids as int64 ids of the step, and how many groups there are. first: the first row of each row's rank.
+
+        Raises ValueError on the CPU for ids out of range, on every rank.
+        """
+        ids = ids.long()
+        if not isinstance(self.given, Tensor):  # whole on their rank, which has whole groups before it
+            return ids + first // self.given, len(ids) // self.given
+        count = len(ids) if self.count is None else self.count
+        if checks.readable(ids) and ids.numel() and bool(((ids < 0) | (ids >= count)).any()):
+            raise check.value_error(
+                f"groups must lie in [0, {count}) over all ranks, got ids from {int(ids.min())} to {int(ids.max())}. With "
+                "ranks= they are the step's: a prompt has one id on all ranks, and another prompt another."
+            )
+        return ids, count
+
+
 def grouped(reduce: str, values: Tensor, ids: Tensor, count: int, start: float) -> Tensor:
     """values [B] reduced by group -> [count]; `reduce` is "sum", "amax" or "amin", `start` the value of an empty group."""
     out = torch.full((count,), start, dtype=values.dtype, device=values.device)
@@ -123,6 +172,7 @@ def off_policy_baseline(
     score_sqnorm: Tensor,
     groups: int | Tensor,
     num_groups: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
     """The off-policy optimal baseline: b_g = sum_i a_i R_i, a = softmax_i(2 L_i + log n_i) over group g (VCPO's OPOB).
 
@@ -135,6 +185,8 @@ def off_policy_baseline(
         score_sqnorm: n_i = ||grad log pi(y_i)||^2, [B], or the logit proxy `segments.sum(stats.score_sqnorm)`.
         groups: sequences per prompt (consecutive), or a group id per sequence, [B].
         num_groups: for ids, how many groups there are; default B, an upper bound that needs no synchronisation.
+        ranks: whose data ranks hold the step's other sequences: one gather of 32 bytes a sequence. An int `groups` means groups
+            that are whole on this rank, which come in the order of the ranks; ids are the step's.
 
     Returns:
         [num_groups] in rewards' dtype, a constant without gradient; NaN for a group without sequences.
@@ -157,16 +209,22 @@ def off_policy_baseline(
         check.tensor(name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
         check.shape(name, value, rewards.shape, "rewards.shape")
         check.same_device(name, value, "rewards", rewards)
-    check_rewards(check, rewards, torch.ones_like(rewards, dtype=torch.bool))
-    check_norms(check, "score_sqnorm", score_sqnorm, usable(log_weights))
-    ids, size, count = check_groups(check, groups, rewards.shape[0], num_groups, of_one=True)
-    if ids is None:
-        ids = torch.arange(rewards.shape[0], device=rewards.device) // size
-    else:
+    r, log_w, norms = (v.detach().double() for v in (rewards, log_weights, score_sqnorm))
+    if ranks is None:
+        found, size, count = check_groups(check, groups, rewards.shape[0], num_groups, of_one=True)
+        ids = torch.arange(rewards.shape[0], device=rewards.device) // size if found is None else found
         check.same_device("groups", ids, "rewards", rewards)
-    log_a = 2 * log_weights.double() + score_sqnorm.double().log()
-    ok = usable(log_weights) & rewards.isfinite() & (score_sqnorm >= 0) & (score_sqnorm < math.inf)
-    return group_baselines(rewards.detach().double(), log_a.detach(), ok, ids, count)[0].to(rewards.dtype)
+    else:
+        check_ranks(check, ranks)
+        given = StepGroups.checked(check, groups, rewards.shape[0], num_groups, of_one=True)
+        columns = torch.stack([r, log_w, norms, given.local_ids(rewards).double()], 1)
+        every = collectives.gathered_rows(columns, ranks.data, ranks.uneven)
+        r, log_w, norms, gathered = every.rows.unbind(1)
+        ids, count = given.of_step(check, gathered, every.first)
+    check_rewards(check, r, torch.ones_like(r, dtype=torch.bool))
+    check_norms(check, "score_sqnorm", norms, usable(log_w))
+    ok = usable(log_w) & r.isfinite() & (norms >= 0) & (norms < math.inf)
+    return group_baselines(r, 2 * log_w + norms.log(), ok, ids, count)[0].to(rewards.dtype)
 
 
 def check_rewards(check: Check, rewards: Tensor, valid: Tensor) -> None:

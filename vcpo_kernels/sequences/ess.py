@@ -14,6 +14,8 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.trees import TensorTree
+from vcpo_kernels.parallel import collectives
+from vcpo_kernels.parallel.ranks import Ranks, check_ranks
 from vcpo_kernels.sequences.log_weights import usable
 
 
@@ -52,7 +54,9 @@ def ess_from_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
     return ess, torch.where(count > 0, ess / count.clamp(min=1), 0.0)
 
 
-def effective_sample_size(log_weights: Tensor, valid: Tensor | None = None) -> EffectiveSampleSize:
+def effective_sample_size(
+    log_weights: Tensor, valid: Tensor | None = None, ranks: Ranks | None = None
+) -> EffectiveSampleSize:
     """ESS = (sum w)^2 / sum w^2, as log ESS = 2 logsumexp(L) - logsumexp(2 L) (VCPO, arXiv 2602.17616).
 
     Unclipped weights: clamp log_weights first for truncated ones. Invariant to adding a constant to all of them. A NaN or
@@ -61,6 +65,8 @@ def effective_sample_size(log_weights: Tensor, valid: Tensor | None = None) -> E
     Args:
         log_weights: L_i, [B] (`sequence_log_weights`).
         valid: bool [B]; false takes a sequence out altogether (`segments.lengths > 0`). None: all take part.
+        ranks: whose data ranks hold the step's other sequences. ESS is then of all of them, the same bits on every rank, by
+            one gather of 24 bytes a rank, however many sequences each has.
 
     Returns:
         EffectiveSampleSize of 0-d tensors in log_weights' dtype.
@@ -82,5 +88,8 @@ def effective_sample_size(log_weights: Tensor, valid: Tensor | None = None) -> E
         check.shape("valid", valid, log_weights.shape, "log_weights.shape")
         check.same_device("valid", valid, "log_weights", log_weights)
     moments = ess_moments(log_weights.detach(), valid)
+    if ranks is not None:
+        check_ranks(check, ranks)
+        moments = merge_moments(collectives.gathered(moments, ranks.data))
     ess, ratio = ess_from_moments(moments)
     return EffectiveSampleSize(ess.to(log_weights.dtype), ratio.to(log_weights.dtype), moments)

@@ -12,29 +12,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.parallel import collectives
-from vcpo_kernels.parallel.ranks import Ranks
-from vcpo_kernels.sequences import baselines
+from vcpo_kernels.parallel.ranks import Ranks, check_ranks
+from vcpo_kernels.sequences.baselines import StepGroups
 from vcpo_kernels.sequences.segments import Segments, check_segments
 from vcpo_kernels.sequences.sequence_results import SequenceSums, Switches, sequence_results
 from vcpo_kernels.sequences.vcpo_coefficients import SequenceResults
 
 
-def ranks_of(check: Check, ranks: object, segments: Segments) -> Ranks | None:
+def ranks_of(check: Check, ranks: Ranks | None, segments: Segments) -> Ranks | None:
     """The ranks of a step; None where this one has all of it. The segments say who has their sequences' other tokens."""
     check_segments(check, segments)
-    if ranks is not None and not isinstance(ranks, Ranks):
-        raise check.type_error(f"ranks must be a Ranks, got {checks.describe(ranks)}. Make one: Ranks.of(mesh).")
     of_segments = segments.sequence_group
-    if ranks is not None and ranks.sequence is not None and ranks.sequence is not of_segments:
+    if ranks is None:
+        return None if of_segments is None else Ranks(sequence=of_segments)
+    check_ranks(check, ranks)
+    if ranks.sequence is not None and ranks.sequence is not of_segments:
         raise check.value_error(
             "ranks.sequence names ranks that hold other tokens of these sequences, which segments must know of too: "
             "Segments.padded(mask, sequence_group=ranks.sequence)."
         )
-    if ranks is None and of_segments is not None:
-        return Ranks(sequence=of_segments)
     return ranks
 
 
@@ -64,27 +62,19 @@ def step_results(
     token_scores: Tensor | None,
     score_norms: Tensor | None,
     rewards: Tensor,
-    groups: int | Tensor,
-    num_groups: int | None,
+    groups: StepGroups,
     switches: Switches,
 ) -> StepResults:
     """`vcpo_coefficients` of all ranks' sequences. Arguments of this rank: logp, behavior_logp, token_scores [N]; score_norms
-    (or None, to sum token_scores), rewards, groups [B] or an int.
+    (or None, to sum token_scores), rewards [B].
     """
     sums = _sequence_sums(segments, logp, behavior_logp, token_scores)
     if score_norms is not None:
         sums = sums._replace(score_norms=score_norms.double())
-    local = torch.arange(len(rewards), device=rewards.device) // groups if isinstance(groups, int) else groups
-    columns = torch.stack([*sums, rewards.double(), local.double()], 1)
+    columns = torch.stack([*sums, rewards.double(), groups.local_ids(rewards).double()], 1)
     every = collectives.gathered_rows(columns, ranks.data, ranks.uneven)
     *of_all, all_rewards, ids = every.rows.unbind(1)
-    ids = ids.long()
-    if isinstance(groups, int):  # whole on their rank, numbered from its first row on
-        ids = ids + every.first // groups
-        count = len(ids) // groups
-    else:
-        count = len(ids) if num_groups is None else num_groups
-        _check_ids(check, ids, count)
+    ids, count = groups.of_step(check, ids, every.first)
     results = sequence_results(SequenceSums(*of_all), all_rewards, ids, count, switches, logp.dtype)
     return StepResults(results, every.mine, all_rewards, of_all[1])
 
@@ -105,22 +95,3 @@ def _sequence_sums(
     own = segments.of_this_rank()
     sums = torch.stack([own.reduce(values).double() for values in of_tokens], 1)
     return SequenceSums(*collectives.summed(sums, segments.sequence_group).unbind(1))
-
-
-def _check_ids(check: Check, ids: Tensor, count: int) -> None:
-    if checks.readable(ids) and ids.numel() and bool(((ids < 0) | (ids >= count)).any()):
-        raise check.value_error(
-            f"groups must lie in [0, {count}) over all ranks, got ids from {int(ids.min())} to {int(ids.max())}. With ranks= "
-            "they are the step's: a prompt has one id on all ranks, and another prompt another."
-        )
-
-
-def check_groups(check: Check, groups: int | Tensor, num_sequences: int, num_groups: int | None) -> int | Tensor:
-    """As `baselines.check_groups`, where ids are the step's, so that what they are below is not known yet."""
-    if isinstance(groups, Tensor):
-        check.tensor("groups", groups, checks.ID_DTYPES, "Number the prompts of the step from 0.")
-        check.shape("groups", groups, (num_sequences,), "one group id per sequence")
-        if num_groups is not None:
-            check.integer("num_groups", num_groups, 0)
-        return groups.to(torch.int64)
-    return baselines.check_groups(check, groups, num_sequences, num_groups)[1]

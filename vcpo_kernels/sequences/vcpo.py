@@ -265,10 +265,10 @@ def _of_this_rank(check: Check, x: _Inputs, groups: int | Tensor, num_groups: in
 def _of_all_ranks(
     check: Check, ranks: Ranks, x: _Inputs, groups: int | Tensor, num_groups: int | None
 ) -> SequenceResults:
-    groups = over_ranks.check_groups(check, groups, x.segments.num_sequences, num_groups)
+    of_step = baselines.StepGroups.checked(check, groups, x.segments.num_sequences, num_groups)
     step = over_ranks.step_results(
         check, ranks, x.seen(), x.logp.detach(), x.behavior_logp, x.token_scores, x.score_norms, x.rewards,
-        groups, num_groups, x.switches,
+        of_step, x.switches,
     )  # fmt: skip
     # Of all ranks' sequences, so that what is wrong on one is an error on all.
     x.check_values(check, step.results, step.rewards, None if x.score_norms is None else step.score_norms)
