@@ -47,9 +47,8 @@ def test_a_window_of_unequal_groups_in_any_order() -> None:
     """Groups are told by their numbers, which need be neither consecutive nor small; one sequence has no token."""
     big_l, n, r = [0.5, -1.0, 3.0, 0.0, NAN, 0.2], [2.0, 1.0, 0.5, 3.0, 1.0, 1.0], [1.0, 0.0, 2.0, 1.0, 0.0, 0.5]
     group, lengths = [900001, 7, 7, 900001, 900001, 7], [3, 5, 2, 4, 3, 0]
-    columns = torch.tensor(
-        [big_l, n, r, group, lengths, [0.0] * 6, [0.0] * 6, [0.0] * 6, [0.0] * 6], dtype=torch.float64
-    ).T
+    known = {"log_weights": big_l, "score_norms": n, "reward": r, "group": group, "lengths": lengths}
+    columns = torch.tensor([known.get(name, [0.0] * 6) for name in w.COLUMNS], dtype=torch.float64).T
     got = w.window_of(columns, config(aggregation="seq-mean-token-mean"))
     want = brute_force.vcpo(big_l, lengths, r, [int(g > 7) for g in group], n, 2, aggregation="seq-mean-token-mean")
     assert got.sequences.coefficients.tolist() == pytest.approx(want.coefficients, rel=1e-5)

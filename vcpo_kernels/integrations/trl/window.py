@@ -17,15 +17,11 @@ import vcpo_kernels as vk
 from vcpo_kernels.sequences.aggregation import aggregation_scale
 from vcpo_kernels.sequences.ess import EffectiveSampleSize
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT, usable_below
-from vcpo_kernels.sequences.vcpo_coefficients import METRICS, SequenceResults, vcpo_coefficients
+from vcpo_kernels.sequences.sequence_results import SequenceSums, Switches, sequence_results
+from vcpo_kernels.sequences.vcpo_coefficients import METRICS, SequenceResults
 
-# What is known of a sequence, in this order: L_i, n_i, R_i, the id of its group, |T_i|, and sums over its tokens of the
-# entropy, of the KL penalty, of |log pi - log mu| and of where that is below 0.
-COLUMNS = (
-    "log_weight", "score_sqnorm", "reward", "group", "length", "entropy", "kl", "log_ratio_abs", "log_ratio_negative"
-)  # fmt: skip
-# The op is given whole sequences in place of tokens, so that these two of its metrics come from the columns instead.
-_OF_TOKENS = {"log_ratio_abs_mean": "log_ratio_abs", "log_ratio_negative_fraction": "log_ratio_negative"}
+# What is known of a sequence: `SequenceSums`, R_i, the id of its group, and sums over its tokens of entropy and KL penalty.
+COLUMNS = (*SequenceSums._fields, "reward", "group", "entropy", "kl")
 
 
 @dataclass(frozen=True)
@@ -89,17 +85,20 @@ class Window:
         found = b.isfinite()
         baseline = torch.where(found, b, 0.0).sum() / found.sum().clamp(min=1)
         values = torch.cat([self.sequences.metrics.double(), baseline[None]]).tolist()
-        named = dict(zip((*METRICS, "baseline_mean"), values, strict=True))
-        return named | {name: self.token_mean(column) for name, column in _OF_TOKENS.items()}
+        return dict(zip((*METRICS, "baseline_mean"), values, strict=True))
 
     @property
     def num_tokens(self) -> float:
         """Of all ranks."""
-        return float(self.columns[:, COLUMNS.index("length")].sum())
+        return float(self.column("lengths").sum())
+
+    def column(self, name: str) -> Tensor:
+        """One of COLUMNS, [W K]."""
+        return self.columns[:, COLUMNS.index(name)]
 
     def token_mean(self, column: str) -> float:
         """Mean over the window's tokens of a summed column. NaN tokens (of dropped sequences) are left out."""
-        values, lengths = self.columns[:, COLUMNS.index(column)], self.columns[:, COLUMNS.index("length")]
+        values, lengths = self.column(column), self.column("lengths")
         ok = values.isfinite()
         return float(torch.where(ok, values, 0.0).sum() / torch.where(ok, lengths, 0.0).sum().clamp(min=1))
 
@@ -123,39 +122,35 @@ def sequence_columns(
 ) -> Tensor:
     """[B, len(COLUMNS)] float64 of one micro-batch. score_sqnorm, rewards, groups: [B]."""
     segments = vk.Segments.padded(stats.mask)
-    log_weights = vk.sequence_log_weights(stats.logp, stats.behavior_logp, segments)
+    log_ratio = stats.logp - stats.behavior_logp
+    finite = log_ratio.isfinite()
     penalty = torch.zeros_like(stats.logp) if stats.reference_logp is None else _kl(stats, config)[0]
-    columns = (
-        log_weights,
-        score_sqnorm,
-        rewards,
-        groups,
-        segments.lengths,
-        segments.sum(stats.entropy),
-        segments.sum(penalty),
-        segments.sum((stats.logp - stats.behavior_logp).abs()),
-        segments.sum((stats.logp < stats.behavior_logp).to(stats.logp.dtype)),
+    sums = SequenceSums(
+        log_weights=vk.sequence_log_weights(stats.logp, stats.behavior_logp, segments),
+        score_norms=score_sqnorm,
+        lengths=segments.lengths,
+        ratio_abs=segments.sum(torch.where(finite, log_ratio.abs(), 0.0)),
+        ratio_negative=segments.sum((finite & (log_ratio < 0)).to(log_ratio.dtype)),
+        ratio_count=segments.sum(finite.to(log_ratio.dtype)),
     )
+    columns = (*sums, rewards, groups, segments.sum(stats.entropy), segments.sum(penalty))
     return torch.stack([c.double() for c in columns], 1)
 
 
 def window_of(columns: Tensor, config: WindowConfig) -> Window:
     """Coefficients, baselines and ESS of the sequences of all ranks, from their columns [W K, len(COLUMNS)] float64."""
-    log_weights, norms, rewards, group, lengths = columns[:, :5].unbind(1)
+    count = len(SequenceSums._fields)
+    sums, (rewards, group) = SequenceSums(*columns[:, :count].unbind(1)), columns[:, count : count + 2].unbind(1)
     ids = torch.unique(group, return_inverse=True)[1]
-    offsets = torch.nn.functional.pad(lengths.long().cumsum(0), (1, 0))
-    # The op takes tokens: here a sequence's first one bears its whole log-weight, and the others nothing.
-    tokens = torch.zeros(int(offsets[-1]), dtype=torch.float32, device=columns.device)
-    valid = lengths > 0
-    tokens[offsets[:-1][valid]] = log_weights[valid].float()
-    results = vcpo_coefficients(
-        tokens, torch.zeros_like(tokens), None, norms.float(), rewards.float(), ids, 0, len(columns),
-        None, offsets, None, False,
+    switches = Switches(
         config.baseline_weighting, config.aggregation, config.normalize_std, config.max_weight, config.ess_max_weight,
         None, None, config.max_tokens,
     )  # fmt: skip
-    takes_part = valid & (log_weights < usable_below(config.max_weight)) & rewards.isfinite()
-    k = aggregation_scale(config.aggregation, lengths, valid.sum().double(), lengths.sum(), config.max_tokens)
+    results = sequence_results(sums, rewards, ids, len(columns), switches, torch.float32)
+    valid = sums.lengths > 0
+    takes_part = valid & (sums.log_weights < usable_below(config.max_weight)) & rewards.isfinite()
+    total = (valid.sum().double(), sums.lengths.sum())
+    k = aggregation_scale(config.aggregation, sums.lengths, *total, config.max_tokens)
     return Window(results, torch.where(takes_part, k, 0.0), columns)
 
 
@@ -187,7 +182,7 @@ def micro_batch_loss(
         c = c + _product(token_k, slope)
         value = value + _product(token_k, penalty).double().sum()
     if entropy_coef:
-        tokens = window.columns[:, COLUMNS.index("length")].sum().clamp(min=1)
+        tokens = window.column("lengths").sum().clamp(min=1)
         h = segments.spread(torch.where(k > 0, -entropy_coef / tokens, 0.0).float())
         value = value + _product(h, stats.entropy).double().sum()
     return MicroBatchLoss(c, h, value.float())
