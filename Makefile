@@ -10,7 +10,7 @@ WERROR := $(if $(CI),ON,OFF)# a user's compiler may be newer than ours, and warn
 PYTEST := $(BIN)/python -m pytest -q
 OLDEST := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help setup demo paper demo-trl study smollm2 test test-fast test-verl test-triton test-slow test-docs test-oldest sanitize aot lint format bench bench-peers gpu figures clean
+.PHONY: help setup demo paper demo-trl study smollm2 test test-fast test-verl test-triton test-slow test-docs test-ranks test-oldest sanitize aot lint format bench bench-peers gpu figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ test-docs: setup  ## every command of the README and docs as printed, in a fresh
 	touch $@
 
 # The extension knows nothing of torch: the one that `setup` has built in place serves.
+test-ranks: setup  ## two and four gloo ranks: whatever crosses data and sequence ranks
+	$(PYTEST) tests/distributed
+
 test-oldest: setup .venv-oldest/.installed  ## rows, heads, sequences, objectives and compilation with the oldest torch of pyproject.toml
 	.venv-oldest/bin/python -m pytest -q -p no:cacheprovider -m "not slow" tests/core tests/rows tests/sequences tests/objectives \
 	  tests/head/test_linear_token_stats.py tests/head/test_linear_weighted_logp.py

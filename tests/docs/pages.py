@@ -58,6 +58,7 @@ RUN_BY = {
     "docs/ddp.md": "tests/docs/test_snippets.py",
     "docs/huggingface.md": "tests/docs/test_snippets.py",
     "docs/verl.md": "tests/docs/test_snippets.py",
+    "docs/parallel.md": "tests/distributed/test_page.py",
 }
 # Blocks of trainers' settings: what of them a test holds.
 SETTINGS_CHECKED = {
