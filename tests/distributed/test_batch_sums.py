@@ -55,7 +55,7 @@ def check_parts(layout: Layout, of_ranks: list[dict[str, Any]]) -> None:
 def check_collectives(layout: Layout, called: list[str]) -> None:
     """One all-reduce over sequence ranks, one gather over data ranks, and one of the numbers of rows where they differ."""
     gathers = 0 if layout.data == 1 else 2 if layout.rows is not None else 1
-    assert called == ["all_reduce"] * (layout.sequence > 1) + ["all_gather_into_tensor"] * gathers
+    assert called == ["all_reduce"] * (layout.sequence > 1) + ["all_gather"] * gathers
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +111,23 @@ def test_ids_of_a_rank_are_refused_on_every_rank(of_two: list[dict[str, Any]]) -
 def test_segments_that_do_not_know_their_ranks(of_two: list[dict[str, Any]]) -> None:
     for result in of_two:
         assert "Segments.padded(mask, sequence_group=ranks.sequence)" in result["unaware"]
+
+
+def a_rank_that_leaves(rank: int) -> str:
+    """Rank 1 raises before the loss; what rank 0 is told."""
+    if rank == 1:
+        return ""
+    x = batches.whole()
+    stats = vk.token_stats(x["logits"], x["ids"], x["mask"])
+    ranks_of_world = vk.Ranks(data=torch.distributed.group.WORLD)
+    try:
+        vk.vcpo_loss(stats, x["mu"], x["rewards"], 2, vk.Segments.padded(x["mask"]), ranks=ranks_of_world)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_rank_that_leaves_is_an_error_that_names_the_call() -> None:
+    first, _ = ranks.run(a_rank_that_leaves, 2, barrier=False)
+    assert first.startswith("vcpo_kernels: the all-gather of (8, 8) float64 failed: ")
+    assert "Another rank has died or raised" in first

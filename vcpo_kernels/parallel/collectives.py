@@ -6,6 +6,8 @@ them sends objects or waits for a device. torch.compile traces them.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vcpo_kernels.parallel.ranks import size_of
+
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # the old name
 
 
 class _Sum(torch.autograd.Function):
@@ -33,7 +37,8 @@ def _all_reduce(value: Tensor, group: Any) -> Tensor:
 
         return functional.all_reduce(value, "sum", group)
     out = value.detach().clone()
-    dist.all_reduce(out, group=group)
+    with _explained("the all-reduce", out):
+        dist.all_reduce(out, group=group)
     return out
 
 
@@ -92,5 +97,18 @@ def gathered(value: Tensor, group: Any) -> Tensor:
         return functional.all_gather_tensor(value[None], 0, group)
     own = value.reshape(1) if value.dim() == 0 else value
     out = own.new_empty(ranks * len(own), *own.shape[1:])
-    dist.all_gather_into_tensor(out, own, group=group)
+    with _explained("the all-gather", own):
+        getattr(dist, ALL_GATHER)(out, own, group=group)
     return out.view(ranks, *value.shape)
+
+
+@contextlib.contextmanager
+def _explained(what: str, value: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"vcpo_kernels: {what} of {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} failed: {error}\n"
+            "Another rank has died or raised, makes other calls, or has another number of sequences (Ranks(..., uneven=True)). "
+            "TORCH_DISTRIBUTED_DEBUG=DETAIL names the ranks and shapes that differ."
+        ) from error
