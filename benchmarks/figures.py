@@ -13,8 +13,8 @@ import typer
 
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.harness.results import RESULTS
-from benchmarks.report import cpu_tables, lab, study
-from benchmarks.report.pages import BENCHMARKS, LAB, README, STUDY, filled
+from benchmarks.report import cpu_tables, lab, scale_plan, study
+from benchmarks.report.pages import BENCHMARKS, LAB, PARALLEL, README, STUDY, filled
 
 app = typer.Typer(add_completion=False)
 
@@ -25,7 +25,9 @@ def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = 
     runs = lab.read_runs()
     tables = cpu_tables.tables() | {"gpu": gpu_tables.of_all(RESULTS)}
     readme = {"token_stats": tables.pop("token_stats")}
-    parts = {README: readme, BENCHMARKS: tables, STUDY: study.tables(), LAB: lab.parts(runs)}
+    parts = {
+        README: readme, BENCHMARKS: tables, STUDY: study.tables(), LAB: lab.parts(runs), PARALLEL: scale_plan.tables(),
+    }  # fmt: skip
     pages = {path: filled(path.read_text(), of_page) for path, of_page in parts.items()}
     if check:
         for path, wanted in pages.items():

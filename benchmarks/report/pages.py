@@ -9,6 +9,7 @@ import typer
 
 README, BENCHMARKS = Path("README.md"), Path("docs/benchmarks.md")
 LAB, STUDY = Path("docs/async_lab.md"), Path("docs/baseline_study.md")
+PARALLEL = Path("docs/parallel.md")
 PICTURES = Path("docs/figures")
 
 
