@@ -107,8 +107,11 @@ def prepare(folder: Path, prompts: int) -> None:
     (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def train(folder: Path, steps: int) -> list[dict[str, Any]]:
-    """What verl logged at each step. Its output goes to folder/verl.log. Raises SystemExit where it fails."""
+def train(folder: Path, steps: int, timeout: float | None = None) -> list[dict[str, Any]]:
+    """What verl logged at each step. Its output goes to folder/verl.log.
+
+    Raises SystemExit where it fails, subprocess.TimeoutExpired after `timeout` seconds.
+    """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder, steps * PROMPTS_PER_STEP)
@@ -124,9 +127,9 @@ def train(folder: Path, steps: int) -> list[dict[str, Any]]:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{key}={value}" for key, value in settings.items())]
     with (folder / "verl.log").open("w") as log:
-        status = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
-    if status:
-        raise SystemExit(f"verl ended with status {status}:\n{(folder / 'verl.log').read_text()[-4000:]}")
+        done = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=timeout)
+    if done.returncode:
+        raise SystemExit(f"verl ended with status {done.returncode}:\n{(folder / 'verl.log').read_text()[-4000:]}")
     return [json.loads(line)["data"] for line in (folder / "steps.jsonl").read_text().splitlines()]
 
 

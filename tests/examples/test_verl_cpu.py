@@ -29,7 +29,7 @@ def test_the_settings_are_the_pages() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl is not installed: make test-verl")
 def test_three_steps(tmp_path: Path) -> None:
     """The actors' rate follows the ESS of all samples of both, by verl's own mean and deviation of their weights."""
-    steps = run.train(tmp_path, 3)
+    steps = run.train(tmp_path, 3, timeout=400)
     assert len(steps) == 3
     count = run.PROMPTS_PER_STEP * rollouts.SAMPLES
     for step, after in itertools.pairwise(steps):  # a step's ESS is logged by the next
