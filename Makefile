@@ -10,7 +10,7 @@ WERROR := $(if $(CI),ON,OFF)# a user's compiler may be newer than ours, and warn
 PYTEST := $(BIN)/python -m pytest -q
 OLDEST := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help setup demo paper demo-trl study smollm2 test test-fast test-verl test-triton test-slow test-docs test-ranks test-oldest sanitize aot lint format bench bench-peers gpu figures clean
+.PHONY: help setup demo paper demo-trl demo-verl study smollm2 test test-fast test-verl test-triton test-slow test-docs test-ranks test-oldest sanitize aot lint format bench bench-peers gpu figures clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -36,14 +36,21 @@ test-fast: setup
 	$(PYTEST) -m "not slow" --ignore=tests/backends/triton
 	$(PYTEST) --doctest-modules vcpo_kernels --ignore=vcpo_kernels/backends/triton
 
-# Without its dependencies' pins, which are of older versions than ours.
-$(VENV)/.verl: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet ray tensordict omegaconf codetiming orjson torchdata cachetools uvicorn fastapi opentelemetry-sdk
-	$(BIN)/python -m pip install --quiet --no-deps verl==0.9.1
+# verl and its versions in an environment of their own. The package there is this folder, with the extension that `setup` has built in
+# it, and with its entry point, by which verl finds the plugin.
+.venv-verl/.installed: requirements-verl.txt pyproject.toml
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/python -m pip install --quiet --requirement requirements-verl.txt
+	.venv-verl/bin/python -m pip install --quiet --no-deps verl==0.9.1
+	VCPO_NATIVE=OFF .venv-verl/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
-test-verl: setup $(VENV)/.verl  ## the verl plugin and the objectives against verl's own code
-	$(PYTEST) tests/integrations/test_verl.py tests/objectives/test_verl.py tests/docs/test_snippets.py -m "not slow"
+test-verl: setup .venv-verl/.installed  ## the verl plugin in verl's own code: its losses, its FSDP2 engine on two ranks, its trainer on Ray
+	.venv-verl/bin/python -m pytest -q tests/integrations/test_verl.py tests/integrations/test_verl_engine.py \
+	  tests/objectives/test_verl.py tests/examples/test_verl_cpu.py tests/docs/test_snippets.py::test_verl_hands_over_log_probs
+
+demo-verl: setup .venv-verl/.installed  ## verl's own trainer with VCPO on a CPU, two actors, a tiny model (a minute)
+	.venv-verl/bin/python -m examples.verl_cpu
 
 test-triton: setup  ## triton kernels in the interpreter, and compiled ahead of time against the committed table
 	TRITON_INTERPRET=1 $(PYTEST) tests/backends/triton -m "not slow"
@@ -121,4 +128,4 @@ figures: setup  ## the README's tables and pictures from the committed results
 	$(BIN)/python -m benchmarks.figures
 
 clean:
-	rm -rf $(VENV) .venv-oldest build *.egg-info vcpo_kernels/*.so
+	rm -rf $(VENV) .venv-oldest .venv-verl build *.egg-info vcpo_kernels/*.so

@@ -101,6 +101,6 @@ def test_verl_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_verl_hands_over_log_probs() -> None:
     """docs/verl.md's second snippet, where verl is installed (`make test-verl`)."""
-    pytest.importorskip("verl", reason="docs/verl.md, Tests")
+    pytest.importorskip("verl", reason="verl is not installed: make test-verl")
     _, hand_over = snippets("docs/verl.md")
     exec(hand_over, {})

@@ -14,7 +14,7 @@ from tests.objectives import ragged
 from vcpo_kernels import objectives
 from vcpo_kernels.objectives import OBJECTIVES
 
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed (docs/verl.md, Tests)")
+core_algos = pytest.importorskip("verl.trainer.ppo.core_algos", reason="verl is not installed: make test-verl")
 
 
 def config(**change: Any) -> Any:
