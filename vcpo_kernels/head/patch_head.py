@@ -283,6 +283,7 @@ class PatchedHead:
             return HeadOutput(logits.hidden, *operands(), *factors, output)
         sharded = ShardedHead(self._head, units, operands, logits.hidden.dtype)
         hidden = asking(logits.hidden, units, *self._head.parameters())
+        sharded.gather_in_backward_of(hidden)  # a unit may hold the modules before the head too
         return HeadOutput(hidden, None, None, *factors, output, _sharded=sharded)
 
 
