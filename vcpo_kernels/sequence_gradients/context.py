@@ -43,10 +43,10 @@ class SequenceGradients:
     Exact where a row of activations matters to its own sequence alone: padded and packed batches of causal LMs, without
     batch statistics. A probe sees to that (`check`), and what is not so is an error. Handles Linear, Embedding, LayerNorm,
     RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA makes of them, tied weights, `linear_token_stats` on the
-    model's head (so `patch_head` too), activation checkpointing, autocast, and DistributedDataParallel and FSDP2 (`fully_shard`,
-    HSDP), whose gradients are averaged once, by `accumulate_`. Under FSDP2 every method is a call that all ranks make, norms
-    are of this rank's sequences, and one parameter's whole gradient exists at a time. A fused head wants the hidden states
-    whole (`shift=True`), so that its rows are the batch's.
+    model's head (so `patch_head` too), activation checkpointing, autocast, and DistributedDataParallel and FSDP2 (HSDP too),
+    whose gradients are averaged once, by `accumulate_`. Under FSDP2 every method is a call that all ranks make, norms are of
+    this rank's sequences, and one parameter's whole gradient exists at a time. A fused head wants the hidden states whole
+    (`shift=True`), so that its rows are the batch's.
 
     >>> import torch, vcpo_kernels as vk
     >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
@@ -72,7 +72,7 @@ class SequenceGradients:
     Raises:
         TypeError: model is no module, is compiled, or its parameters are replicated by a module inside, or sharded by others
             than FSDP2 (tensor parallelism, FSDP1, ZeRO-3, CPU offload).
-        ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any whole model.
+        ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any, whole.
     """
 
     def __init__(self, model: nn.Module, check: str = "auto") -> None:
