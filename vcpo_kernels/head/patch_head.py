@@ -7,6 +7,8 @@ done in the kernels. Anything else is an error.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable
@@ -25,6 +27,7 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred
 from vcpo_kernels.head.linear_token_stats import linear_token_stats
 from vcpo_kernels.head.linear_weighted_logp import linear_weighted_logp
+from vcpo_kernels.head.sharded_head import Operands, ShardedHead, asking
 from vcpo_kernels.head.traced_logits import TracedLogits
 from vcpo_kernels.rows.token_stats import TokenStats
 
@@ -39,20 +42,23 @@ class HeadOutput:
 
     hidden: [.., H], what the head was given (a model's `logits_to_keep` is honoured). weight: [V, H]. bias: [V] or None.
     softcap: c of c tanh(z / c), or None. model_output: the model's own output (cache, router losses, hidden states),
-    with `logits` None.
+    with `logits` None. Where FSDP2 shards the head, weight and bias are None: the methods gather them, on all ranks.
     """
 
     hidden: Tensor
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     softcap: float | None
     scale: float
     model_output: Any
     # Empty views of weight and bias. DistributedDataParallel follows outputs back to the parameters they were made with, to
     # find the unused ones, and has no way back from a parameter itself.
-    _used: tuple[Tensor, ...] = field(init=False, repr=False, compare=False)
+    _used: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
+    _sharded: ShardedHead | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self._sharded is not None:  # what FSDP2's output_dtype made of it would take a whole weight of that dtype
+            object.__setattr__(self, "hidden", self.hidden.to(self._sharded.dtype))
         used = tuple(p[:0] for p in (self.weight, self.bias) if isinstance(p, Tensor) and p.requires_grad)
         object.__setattr__(self, "_used", used)
 
@@ -73,9 +79,11 @@ class HeadOutput:
     ) -> TokenStats:
         """`token_stats(model(..).logits, token_ids, mask, temperature, shift=shift)`. options: see linear_token_stats."""
         scaling = self._scaling(Check("token_stats"), temperature)
-        return linear_token_stats(
-            self.hidden, self.weight, token_ids, self.bias, mask, **scaling, shift=shift, **options
-        )
+        with self._operands() as (weight, bias):
+            stats = linear_token_stats(self.hidden, weight, token_ids, bias, mask, **scaling, shift=shift, **options)
+        if self._sharded is not None:
+            self._sharded.gather_in_backward_of(stats.logp, stats.entropy)
+        return stats
 
     def weighted_logp(
         self,
@@ -88,9 +96,21 @@ class HeadOutput:
     ) -> tuple[Tensor, TokenStats]:
         """`weighted_logp(model(..).logits, token_ids, coefficients, ..)`. options: see linear_weighted_logp."""
         scaling = self._scaling(Check("weighted_logp"), temperature)
-        return linear_weighted_logp(
-            self.hidden, self.weight, token_ids, coefficients, self.bias, mask, **scaling, shift=shift, **options
-        )
+        with self._operands() as (weight, bias):
+            return linear_weighted_logp(
+                self.hidden, weight, token_ids, coefficients, bias, mask, **scaling, shift=shift, **options
+            )
+
+    def in_float32(self) -> HeadOutput:
+        """The same in float32, as a head of `hidden.float()`."""
+        sharded = None if self._sharded is None else self._sharded.of(torch.float32)
+        return dataclasses.replace(self, hidden=self.hidden.float(), _sharded=sharded)
+
+    def _operands(self) -> contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]:
+        if self._sharded is not None:
+            return self._sharded.whole()
+        assert self.weight is not None
+        return contextlib.nullcontext((self.weight, self.bias))
 
     def _scaling(self, check: Check, temperature: float) -> dict[str, Any]:
         """c tanh(s z / c) = s (c / s) tanh(z / (c / s)): the scale goes into softcap and temperature."""
@@ -101,13 +121,13 @@ class HeadOutput:
 
 
 def _parts(out: HeadOutput) -> tuple[list[Any], Any]:
-    return [out.hidden, out.weight, out.bias, out.model_output], (out.softcap, out.scale)
+    return [out.hidden, out.weight, out.bias, out.model_output], (out.softcap, out.scale, out._sharded)
 
 
 def _rebuilt(parts: Iterable[Any], context: Any) -> HeadOutput:
     hidden, weight, bias, model_output = parts
-    softcap, scale = context
-    return HeadOutput(hidden, weight, bias, softcap, scale, model_output)
+    softcap, scale, sharded = context
+    return HeadOutput(hidden, weight, bias, softcap, scale, model_output, _sharded=sharded)
 
 
 pytree.register_pytree_node(HeadOutput, _parts, _rebuilt)  # FSDP and DDP map over a module's outputs
@@ -207,9 +227,8 @@ class PatchedHead:
             raise RuntimeError(f"patch_head: {_class_name(self._head)} has a bias of its own, wanted lora_bias=False.")
         return TracedLogits.adapter(type(self._model).__name__, input, weight)
 
-    def _operands(self, logits: TracedLogits) -> tuple[Tensor, Tensor | None]:
+    def _operands(self, logits: TracedLogits, parameters: tuple[Parameter, Parameter]) -> Operands:
         """The weight and bias that these logits are made with."""
-        parameters = self._calls[0]
         own = [parameter() for parameter in parameters]
         Check("patch_head").plain("the head's weight", own[0])
         used = logits.of_head(*own)
@@ -253,9 +272,19 @@ class PatchedHead:
                     "return_dict=False outside the patch."
                 )
             output.logits = None
-            return HeadOutput(logits.hidden, *self._operands(logits), *logits.softcap_and_scale(), output)
+            return self._output(logits, output)
         finally:
             self._calls.clear()
+
+    def _output(self, logits: TracedLogits, output: Any) -> HeadOutput:
+        factors, operands = logits.softcap_and_scale(), functools.partial(self._operands, logits, self._calls[0])
+        units = ShardedHead.units_of(self._model, self._head)
+        if not units:
+            return HeadOutput(logits.hidden, *operands(), *factors, output)
+        sharded = ShardedHead(self._head, units, operands, logits.hidden.dtype)
+        hidden = asking(logits.hidden, units, *self._head.parameters())
+        sharded.gather_in_backward_of(hidden)  # a unit may hold the modules before the head too
+        return HeadOutput(hidden, None, None, *factors, output, _sharded=sharded)
 
 
 def patch_head(model: nn.Module) -> PatchedHead:
@@ -271,8 +300,8 @@ def patch_head(model: nn.Module) -> PatchedHead:
     Use it as a context manager, or keep the result and call `.restore()`.
 
     Raises:
-        TypeError: the head is no plain nn.Linear (a quantised head computes something else); or, in the forward, its weight is
-            a part of itself (a DTensor).
+        TypeError: the head is no plain nn.Linear (a quantised head computes something else); or its weight is a part of itself
+            (a DTensor) and not FSDP2's, which is gathered wherever the head was put.
         ValueError: the model is patched already; or, in its forward, `labels` were given.
         RuntimeError: in the forward, where the model does something else to its logits, by name.
 

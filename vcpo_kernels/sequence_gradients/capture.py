@@ -56,13 +56,16 @@ class _Identity(torch.autograd.Function):
 
 @dataclass
 class Capture:
-    """A module under its rule. record: called in the backward with (capture, input, output gradient)."""
+    """A module under its rule. record: called in the backward with (capture, input, output gradient). meet: called in the
+    forward with (capture, name, what stands in the parameter's place).
+    """
 
     module: nn.Module
     name: str
     rule: Rule
     deferred: tuple[str, ...]  # the module's own parameters that take part
     record: Callable[[Capture, Tensor, Tensor], None]
+    meet: Callable[[Capture, str, Tensor], None]
     batch_shape: Callable[[], tuple[int, ...] | None]
     _swapped: dict[str, nn.Parameter | None] | None = None
 
@@ -78,11 +81,13 @@ class Capture:
             if torch.compiler.is_compiling():
                 raise RuntimeError(
                     f"SequenceGradients: {self.name} is called inside torch.compile, where no module can be captured. Call the "
-                    "model uncompiled inside the context, or use OPOBAccumulator."
+                    "model uncompiled inside the context, or, where parameters are whole, use OPOBAccumulator."
                 )
             self._swapped = {name: module._parameters[name] for name in self.deferred}
             for name, parameter in self._swapped.items():
-                module._parameters[name] = parameter.detach()  # type: ignore[union-attr, assignment]
+                assert parameter is not None
+                self.meet(self, name, parameter)
+                module._parameters[name] = parameter.detach()  # type: ignore[assignment]
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         own, self._swapped = self._swapped, None
@@ -95,7 +100,8 @@ class Capture:
         if others or not isinstance(output, Tensor):
             raise RuntimeError(
                 f"SequenceGradients: {self.name} ({type(module).__name__}) was called with more than its input, or returned "
-                "more than its output: no rule says what its parameters' gradients are. Freeze them, or use OPOBAccumulator."
+                "more than its output: no rule says what its parameters' gradients are. Freeze them, or, where "
+                "parameters are whole, use OPOBAccumulator."
             )
         output, x = self._own_row_each(output, x)
         if self.rule in (LINEAR, CONV1D) and x.dtype != output.dtype:

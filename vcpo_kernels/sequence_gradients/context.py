@@ -26,6 +26,7 @@ from vcpo_kernels.sequence_gradients.graph import Graph, graph_of
 from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
 from vcpo_kernels.sequence_gradients.model_checks import check_hooks, check_model, rules_of
 from vcpo_kernels.sequence_gradients.norms import squared_norms
+from vcpo_kernels.sequence_gradients.parameters import Parameters
 from vcpo_kernels.sequence_gradients.row_owners import RowOwners
 from vcpo_kernels.sequences.segments import Segments, check_segments
 
@@ -42,9 +43,10 @@ class SequenceGradients:
     Exact where a row of activations matters to its own sequence alone: padded and packed batches of causal LMs, without
     batch statistics. A probe sees to that (`check`), and what is not so is an error. Handles Linear, Embedding, LayerNorm,
     RMSNorm (any library's), transformers' Conv1D, what PEFT's LoRA makes of them, tied weights, `linear_token_stats` on the
-    model's head (so `patch_head` too), activation checkpointing, autocast, and DistributedDataParallel, whose gradients are
-    averaged once, by `accumulate_`. A fused head wants the hidden states whole (`shift=True`), so that its rows are the
-    batch's.
+    model's head (so `patch_head` too), activation checkpointing, autocast, and DistributedDataParallel and FSDP2 (HSDP too),
+    whose gradients are averaged once, by `accumulate_`. Under FSDP2 every method is a call that all ranks make, norms are of
+    this rank's sequences, and one parameter's whole gradient exists at a time. A fused head wants the hidden states whole
+    (`shift=True`), so that its rows are the batch's.
 
     >>> import torch, vcpo_kernels as vk
     >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
@@ -68,8 +70,9 @@ class SequenceGradients:
             other libraries, checkpointing with use_reentrant=True).
 
     Raises:
-        TypeError: model is no module, is compiled, or its parameters are sharded or replicated by a module inside.
-        ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any model.
+        TypeError: model is no module, is compiled, or its parameters are replicated by a module inside, or sharded by others
+            than FSDP2 (tensor parallelism, FSDP1, ZeRO-3, CPU offload).
+        ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any, whole.
     """
 
     def __init__(self, model: nn.Module, check: str = "auto") -> None:
@@ -77,10 +80,11 @@ class SequenceGradients:
             raise CHECK.type_error(f"model must be an nn.Module, got {checks.describe(model)}.")
         self._ddp = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self._model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self._parameters = Parameters(self._model)
         check_model(CHECK, self._model)
         CHECK.choice("check", check, ownership.CHECKS)
         self._check = check
-        self._names = {p: name for name, p in self._model.named_parameters() if p.requires_grad}
+        self._names = self._parameters.names
         self._rules = rules_of(CHECK, self._model)
         self._exits, self._averages = contextlib.ExitStack(), False
         self._reset()
@@ -99,7 +103,7 @@ class SequenceGradients:
             raise RuntimeError(f"{WHERE}: this context is entered already.")
         if any(other.defers(p) for other in _deferred.active for p in self._names):
             raise RuntimeError(f"{WHERE}: another SequenceGradients of the same parameters is active. Leave it first.")
-        if {p for p in self._model.parameters() if p.requires_grad} != set(self._names):
+        if not self._parameters.are_those_of(self._model):
             raise RuntimeError(
                 f"{WHERE}: since it was made, parameters of the model were frozen, unfrozen or replaced. Make a new one."
             )
@@ -110,13 +114,15 @@ class SequenceGradients:
                 exits.enter_context(self._ddp.no_sync())
             hooks = [self._model.register_forward_pre_hook(self._see_batch, with_kwargs=True)]
             for module, name, rule, deferred in self._rules:
-                capture = Capture(module, name, rule, deferred, self._record, lambda: self._batch_shape)
+                capture = Capture(module, name, rule, deferred, self._record, self._meet, lambda: self._batch_shape)
                 hooks += capture.install()
             hooks += [p.register_hook(self._refuse_gradient(name)) for p, name in self._names.items()]
             for hook in hooks:
                 exits.callback(hook.remove)
             _deferred.active.append(self)
             exits.callback(_deferred.active.remove, self)
+            exits.callback(self._parameters.forget_stand_ins)
+            exits.callback(self._parameters.release_heads)
             self._exits = exits.pop_all()
         return self
 
@@ -158,8 +164,9 @@ class SequenceGradients:
         self._owners, self._gradients = RowOwners(segments), {}
         key = ownership.key_of(graph, self._owners)
         try:
-            if ownership.is_needed(self._check, self._model, key, segments.num_sequences):
-                self._probe = ownership.Probe.of(graph, per_sequence)
+            rounds = ownership.rounds(self._check, self._model, key, graph, segments.num_sequences)
+            if rounds := self._parameters.largest(rounds):
+                self._probe = ownership.Probe.of(graph, per_sequence, rounds)
                 self._probe.run_rounds(check, per_sequence, graph)
             per_sequence.sum().backward()
             if self._probe is not None:
@@ -181,6 +188,7 @@ class SequenceGradients:
     def squared_norms_by_parameter(self) -> dict[str, Tensor]:
         """The terms of `squared_norms`, [B] float64 each, by the parameters' names in the model."""
         self._check_batches(Check(f"{WHERE}.squared_norms"))
+        self._parameters.gather_heads()
         parts: dict[str, list[Tensor]] = {}
         device = next(iter(self._names)).device
         for count, gradients in self._batches:
@@ -210,17 +218,22 @@ class SequenceGradients:
         counts = [count for count, _ in self._batches]
         check.shape("coefficients", coefficients, (sum(counts),), "the sequences since the last accumulate_")
         batches, self._batches = self._batches, []
-        for (_, gradients), part in zip(batches, coefficients.detach().split(counts), strict=True):
-            while gradients:
-                parameter, gradient = gradients.popitem()  # freed as soon as it is added
-                _add(parameter, gradient, -part)
+        shares = [
+            (gradients, -part)
+            for (_, gradients), part in zip(batches, coefficients.detach().split(counts), strict=True)
+        ]
+        self._parameters.gather_heads()
+        for parameter in self._parameters:  # each one's factors are freed as soon as they are added
+            of_it = [(gradients.pop(parameter), c) for gradients, c in shares if parameter in gradients]
+            self._parameters.add(parameter, of_it)
+        self._parameters.release_heads()
         if self._ddp is not None and self._averages:
             average_gradients(self._names, self._ddp.process_group)
 
     # --- what captures and the fused head call -----------------------------------------------------------------------
 
     def defers(self, parameter: Tensor) -> bool:
-        return parameter in self._names
+        return self._parameters.own(parameter) is not None
 
     def linear_token_stats(self, parameters: tuple[Tensor, Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
         hidden, weight, bias, *rest = arguments
@@ -241,7 +254,7 @@ class SequenceGradients:
                 self._probe.see(site, owners, grad)
                 if self._probe.weighs:
                     return
-            into = {name: self._gradient_of(capture.module._parameters[name]) for name in capture.deferred}  # type: ignore[arg-type]
+            into = {name: self._gradient_of(self._parameters.at(capture.module, name)) for name in capture.deferred}
             capture.rule.record(capture.module, site, owners, x, grad, into)
 
     def _record_head(self, parameters: tuple[Tensor, Tensor | None], lead: tuple[int, ...], use: HeadUse) -> None:
@@ -260,12 +273,19 @@ class SequenceGradients:
         as_they_are = owners.segments.order is None and owned == len(permutation)
         left = use.left if as_they_are else use.left.selected(permutation[:owned])
         for parameter, right in zip(parameters, (use.hidden, use.factors), strict=True):
-            if parameter is not None and self.defers(parameter):
-                product = Product(left, right[permutation[:owned]], spans)
-                self._gradient_of(parameter).products.append(product)
+            own = None if parameter is None else self._parameters.own(parameter)
+            if own is not None:
+                self._parameters.note_head(own)
+                self._gradient_of(own).products.append(Product(left, right[permutation[:owned]], spans))
 
     def _gradient_of(self, parameter: Tensor) -> ParameterGradient:
         return self._gradients.setdefault(parameter, ParameterGradient(self._names[parameter]))
+
+    def _meet(self, capture: Capture, name: str, found: Tensor) -> None:
+        """What stands in a parameter's place when its module is called."""
+        if self._parameters.stands_for(found, capture.module, name) and found.requires_grad:
+            own = self._parameters.at(capture.module, name)
+            self._exits.callback(found.register_hook(self._refuse_gradient(self._names[own])).remove)
 
     def _see_batch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # ids or embeddings; a mask of four dimensions has the heads second
@@ -278,7 +298,7 @@ class SequenceGradients:
                 raise RuntimeError(
                     f"{WHERE}: parameter {name!r} takes a gradient outside its own module's forward (its tensor is used "
                     "directly), of which nothing is known by sequence. Call the module, use linear_token_stats for a "
-                    "head, or use OPOBAccumulator."
+                    "head, or, where parameters are whole, use OPOBAccumulator."
                 )
 
         return refuse
@@ -293,7 +313,7 @@ class SequenceGradients:
 
     def _check_leaves(self, check: Check, graph: Graph) -> None:
         for leaf in graph.leaves:
-            if isinstance(leaf, nn.Parameter) and leaf not in self._names:
+            if isinstance(leaf, nn.Parameter) and not self.defers(leaf):
                 raise check.runtime_error(
                     f"per_sequence depends on a parameter of shape {tuple(leaf.shape)} that is not the model's "
                     "(a value head, a module around it): its gradient would be summed without coefficients. Pass the module "
@@ -308,11 +328,3 @@ class SequenceGradients:
         self._check_active(check)
         if not self._batches:
             raise check.runtime_error("no batch to work on. Call grads.backward(per_sequence, segments) first.")
-
-
-def _add(parameter: Tensor, gradient: ParameterGradient, coefficients: Tensor) -> None:
-    fresh = parameter.grad is None
-    if fresh:
-        parameter.grad = torch.empty_like(parameter)
-    assert parameter.grad is not None
-    gradient.add_to(parameter.grad, coefficients.to(parameter.device), fresh)

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import forget_detached_casts
 from vcpo_kernels.head.patch_head import PatchedHead
-from vcpo_kernels.sequence_gradients.module_rules import EMBEDDING, LINEAR, Rule, normal_like, rule_of
+from vcpo_kernels.parallel import fully_sharded
+from vcpo_kernels.sequence_gradients.module_rules import (
+    EMBEDDING,
+    LINEAR,
+    Rule,
+    normal_like,
+    rule_of,
+    whole_parameters,
+)
 
 
 def check_model(check: Check, model: nn.Module) -> None:
@@ -23,7 +31,7 @@ def check_model(check: Check, model: nn.Module) -> None:
         if _is_compiled(module):
             raise check.type_error(
                 f"{type(module).__name__} ({at}) is compiled, and a compiled graph has no modules to capture. Pass the model "
-                "before torch.compile, or use OPOBAccumulator."
+                "before torch.compile, or, where parameters are whole, use OPOBAccumulator."
             )
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             raise check.type_error(
@@ -32,12 +40,32 @@ def check_model(check: Check, model: nn.Module) -> None:
             )
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise check.type_error(f"{at} is sharded ({type(module).__name__}); {_WHOLE}")
-    for name, p in model.named_parameters():
-        if hasattr(p, "full_tensor") or type(p).__name__ == "FlatParameter" or hasattr(p, "ds_status"):
-            raise check.type_error(f"parameter {name!r} is sharded ({type(p).__name__}); {_WHOLE}")
+    _check_shards(check, model)
 
 
-_WHOLE = "whole parameters are needed. Use DistributedDataParallel, or OPOBAccumulator."
+_WHOLE = "whole parameters are needed. Use FSDP2 (fully_shard), which is handled, or DistributedDataParallel."
+
+
+def _check_shards(check: Check, model: nn.Module) -> None:
+    units = fully_sharded.units_of(model)
+    for prefix, module in model.named_modules():
+        for name, p in module._parameters.items():
+            at = f"{prefix}.{name}" if prefix else name
+            if type(p).__name__ == "FlatParameter" or hasattr(p, "ds_status"):
+                raise check.type_error(f"parameter {at!r} is sharded ({type(p).__name__}); {_WHOLE}")
+            if not hasattr(p, "full_tensor"):
+                continue
+            given: Any = p
+            if module not in units or not fully_sharded.shards_data(given):
+                raise check.type_error(
+                    f"parameter {at!r} is sharded over ranks that work on the same tokens, or by hand (DTensor, placements "
+                    f"{given.placements}); {_WHOLE}"
+                )
+            if given.to_local().device.type != given.device_mesh.device_type:
+                raise check.type_error(
+                    f"parameter {at!r} is offloaded to the CPU (CPUOffloadPolicy), where no gradient is formed. Leave "
+                    "offload_policy out of fully_shard."
+                )
 
 
 def check_hooks(check: Check, names: dict[Tensor, str]) -> None:
@@ -50,7 +78,7 @@ def check_hooks(check: Check, names: dict[Tensor, str]) -> None:
             raise check.runtime_error(
                 f"parameter {name!r} has a hook that autograd calls with its gradient (register_hook, "
                 "register_post_accumulate_grad_hook), which no backward forms here: norms and accumulate_ would be without it. "
-                "Remove it and change parameter.grad after accumulate_, or use OPOBAccumulator."
+                "Remove it and change parameter.grad after accumulate_, or, where parameters are whole, use OPOBAccumulator."
             )
 
 
@@ -105,7 +133,8 @@ def _is_what_its_class_says(module: nn.Module, rule: Rule) -> bool:
         x = normal_like(weight, 3, width)
     tolerance = 8 * torch.finfo(weight.dtype).eps
     try:
-        got, want = forward(x), type(module).forward(module, x)
+        with whole_parameters(module):
+            got, want = forward(x), type(module).forward(module, x)
         forget_detached_casts(got)
         return torch.allclose(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
     except Exception:  # it wants another call, or returns another thing

@@ -5,8 +5,9 @@ Layer: tokens. `rule_of` has the table; adding a kind of module is adding a func
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,8 @@ def _with_weight(module: nn.Module, x: Tensor, weight: float | Tensor) -> Tensor
         for name, parameter in own.items():
             if parameter is not None:
                 value = weight if name == "weight" else 0.0
-                module._parameters[name] = torch.zeros_like(parameter).add_(value)  # type: ignore[assignment]
+                plain = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                module._parameters[name] = plain.add_(value)  # type: ignore[assignment]
         output: Tensor = type(module).forward(module, x)
         return output
     finally:
@@ -115,7 +117,7 @@ _SCALED_EMBEDDING = re.compile(r"ScaledWordEmbedding$")  # Gemma-3's and Bart's 
 def rule_of(module: nn.Module) -> Rule | str:
     """The rule for a module with parameters of its own, or why there is none."""
     kind = type(module)
-    rule = _FORWARDS.get(kind.forward) or _CLASSES.get(f"{kind.__module__}.{kind.__qualname__}")
+    rule = _FORWARDS.get(kind.forward) or _of_class(kind)
     if rule is None and isinstance(module, nn.Embedding) and _SCALED_EMBEDDING.search(kind.__name__):
         rule = EMBEDDING if _is_scaled_lookup(module) else None
     if rule is None and _NORM.search(kind.__name__):
@@ -130,13 +132,34 @@ def rule_of(module: nn.Module) -> Rule | str:
     return rule
 
 
+def _of_class(kind: type[nn.Module]) -> Rule | None:
+    """By the class's name, or that of the class which fully_shard made this one of."""
+    names = (f"{c.__module__}.{c.__qualname__}" for c in kind.__mro__ if getattr(c, "forward", None) is kind.forward)
+    return next((_CLASSES[name] for name in names if name in _CLASSES), None)
+
+
+@contextlib.contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Inside, a sharded module's own parameters are whole, of other numbers: for probes of what its forward computes."""
+    own = dict(module._parameters)
+    try:
+        for name, p in own.items():
+            if p is not None and hasattr(p, "full_tensor"):
+                module._parameters[name] = normal_like(p, *p.shape)  # type: ignore[assignment]
+        yield
+    finally:
+        module._parameters.update(own)
+
+
 @torch.no_grad()
 def _is_scaled_lookup(module: nn.Embedding) -> bool:
     """Whether its output is embed_scale times its row."""
     ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device)
     try:
-        want = module.weight[ids] * torch.as_tensor(module.embed_scale, device=module.weight.device).to(module.weight)
-        return torch.allclose(type(module).forward(module, ids), want)
+        with whole_parameters(module):
+            weight: Any = module._parameters["weight"]
+            want = weight[ids] * torch.as_tensor(module.embed_scale, device=weight.device).to(weight)
+            return torch.allclose(type(module).forward(module, ids), want)
     except Exception:  # no embed_scale, or a call of another kind
         return False
 
@@ -144,7 +167,8 @@ def _is_scaled_lookup(module: nn.Embedding) -> bool:
 def normal_like(like: Tensor, *shape: int) -> Tensor:
     """Normal numbers that are the same in every call, on whatever device and under whatever defaults."""
     options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
-    return torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(0), **options).to(like)
+    normal = torch.randn(*shape, generator=torch.Generator("cpu").manual_seed(0), **options)
+    return normal.to(device=like.device, dtype=like.dtype)
 
 
 def _probed(module: nn.Module) -> Rule | None:

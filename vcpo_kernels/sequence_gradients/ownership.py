@@ -52,11 +52,24 @@ def remember(model: nn.Module, key: tuple[int, bool] | None) -> None:
         _seen_right.setdefault(model, set()).add(key)
 
 
-def weightings(batch: int, exponents: range) -> list[Tensor]:
-    """u [B] of each round, 2 to one of `exponents`: any two sequences differ in one round (the digits of their numbers)."""
+def exponents_of(graph: Graph) -> range:
+    """Down is safe but in fp16, which has no digits to spare below: there up, and not far."""
+    return range(4) if torch.float16 in graph.dtypes else range(0, -32, -1)
+
+
+def rounds(check: str, model: nn.Module, key: tuple[int, bool] | None, graph: Graph, sequences: int) -> int:
+    """How many backwards the probe is to take; 0 where none is needed."""
+    return len(weightings(sequences, exponents_of(graph))) if is_needed(check, model, key, sequences) else 0
+
+
+def weightings(batch: int, exponents: range, least: int = 1) -> list[Tensor]:
+    """u [B] of each round, 2 to one of `exponents`: any two sequences differ in one round (the digits of their numbers).
+
+    least: as many rounds as other ranks take, whose backwards this one takes part in.
+    """
     rounds: list[Tensor] = []
     digits = torch.arange(batch, device="cpu")
-    while not rounds or bool(digits.any()):
+    while len(rounds) < least or bool(digits.any()):
         rounds.append(torch.exp2((exponents.start + digits % len(exponents) * exponents.step).double()))
         digits = digits // len(exponents)
     return rounds
@@ -87,10 +100,9 @@ class Probe:
         self._rows = [{} for _ in self.weights]
 
     @staticmethod
-    def of(graph: Graph, like: Tensor) -> Probe:
-        """like: per_sequence. Down is safe but in fp16, which has no digits to spare below: there up, and not far."""
-        exponents = range(4) if torch.float16 in graph.dtypes else range(0, -32, -1)
-        weights = [u.to(like) for u in weightings(len(like), exponents)]
+    def of(graph: Graph, like: Tensor, rounds: int = 1) -> Probe:
+        """like: per_sequence. rounds: at least."""
+        weights = [u.to(like) for u in weightings(len(like), exponents_of(graph), rounds)]
         return Probe(weights, max(torch.finfo(d).eps for d in graph.dtypes if d.is_floating_point))
 
     @property

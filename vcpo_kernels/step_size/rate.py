@@ -19,6 +19,7 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.sequences.ess import EffectiveSampleSize, ess_from_moments, merge_moments
 from vcpo_kernels.step_size.group_rates import GroupRates
 from vcpo_kernels.step_size.observed import Observable, moments_and_loss
+from vcpo_kernels.step_size.repeated import SteppedParameters
 from vcpo_kernels.step_size.window import Window, watch_zero_grad
 
 RULES: dict[str, float] = {"sqrt": 0.5, "linear": 1.0}  # exponent of min(1, rho / rho_ref)
@@ -50,6 +51,9 @@ class EssLearningRate:
     What others set during a step stays: a scheduler stepped in a post hook and a closure find the unscaled rate there, and a
     step goes on at the factor times what its closure set. Other code inside the step (a pre hook registered later, an
     overridden `step`) finds the scaled rate: it may set another, but one that it multiplies is not divided back.
+
+    Under DeepSpeed pass the inner optimizer, `engine.optimizer.optimizer` with ZeRO: its step may be called once for each group
+    or sub-group of parameters, and the factor, taken at the first, is that of all of them.
 
     A step that raises leaves the rate scaled until the next step or `reset()`. In `step(closure)` ESS is taken before the
     closure runs, so observe before the step. The optimizer's hooks keep this object alive: it acts until `remove()`.
@@ -99,6 +103,7 @@ class EssLearningRate:
         self._observed = torch.zeros((), device="cpu")  # how many observations the step has, over all ranks
         self._number: float | None = None  # scale, read at this step for rates that are floats
         self._stepping = False
+        self._stepped, self._scales = SteppedParameters(), False
         self._warned = False
         self._handles: list[RemovableHandle] = [
             # A compiled step calls them as they are: what they look at is no part of a graph.
@@ -125,6 +130,10 @@ class EssLearningRate:
 
     def reset(self) -> None:
         """Forget everything observed since the last step, and restore the rate if a step failed half-way."""
+        self._stepped.clear()
+        self._finish()
+
+    def _finish(self) -> None:
         self._window.clear()
         self._window.settle()
         self._rates.restore()
@@ -167,14 +176,12 @@ class EssLearningRate:
             return None
         if not again:
             self._rates.restore()
-            with torch.no_grad():
-                merged = self._merged(self._window.take())
-                if merged is not None:
-                    self._set_scale(*merged)
-            if merged is None:
-                self._warn_unobserved()
+            if self._window or not self._stepped.go_on_with(optimizer):
+                self._begin()
+            self._stepped.add(optimizer)
+            if not self._scales:
                 return None
-            self._number, self._stepping = None, True
+            self._stepping = True
         self._scale()
         if (
             self._number is not None
@@ -184,6 +191,18 @@ class EssLearningRate:
         ):
             self._warn_unobserved()
         return self._around_closure(args, kwargs)
+
+    def _begin(self) -> None:
+        """A step: its factor, of all that was observed."""
+        self._stepped.clear()
+        self._number = None
+        with torch.no_grad():
+            merged = self._merged(self._window.take())
+            self._scales = merged is not None
+            if merged is not None:
+                self._set_scale(*merged)
+        if merged is None:
+            self._warn_unobserved()
 
     def _set_scale(self, moments: Tensor, observed: Tensor) -> None:
         ratio = ess_from_moments(moments)[1]
@@ -213,7 +232,7 @@ class EssLearningRate:
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer is self.optimizer:
-            self.reset()  # a closure observed its batch too late for this step, and the next has its own
+            self._finish()  # a closure observed its batch too late for this step, and the next has its own
 
     def _warn_unobserved(self) -> None:
         if not self._warned:
@@ -221,7 +240,7 @@ class EssLearningRate:
                 "EssLearningRate: optimizer.step() without an observe() since the last one; the rate is left as it is. "
                 "Call observe(out) once per micro-batch, before the step (not inside its closure).",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
             self._warned = True
 

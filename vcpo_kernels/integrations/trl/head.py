@@ -64,7 +64,7 @@ def attach_head(model: nn.Module, temperature: float, fp32: bool = False) -> Non
         off = torch.autocast(out.hidden.device.type, enabled=False) if fp32 else contextlib.nullcontext()
         with off:
             if fp32:
-                out = dataclasses.replace(out, hidden=out.hidden.float())
+                out = out.in_float32()
             return _answer(out, labels, coefficients, entropy_coefficients, temperature)
 
     model.__dict__["forward"] = forward
