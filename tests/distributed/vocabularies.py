@@ -45,7 +45,7 @@ class Case:
         return {"temperature": self.temperature, "softcap": self.softcap, "shift": self.shift}
 
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "native")
 ROWS = {
     "padded": Case(),
     "uneven": Case(starts=(0, 7)),

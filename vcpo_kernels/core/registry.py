@@ -107,7 +107,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name="native",
-            ops=ROW_OPS,
+            ops=ROW_OPS | SHARD_OPS,
             devices=frozenset({"cpu"}),
             dtypes=HALF_AND_SINGLE,
             probe=native_problem,
