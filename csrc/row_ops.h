@@ -4,6 +4,7 @@
 #include "common/row_gradient.h"
 #include "common/row_statistics.h"
 #include "common/rows.h"
+#include "common/shard_state.h"
 
 namespace vcpo {
 
@@ -20,6 +21,10 @@ void token_stats_forward(const Rows& rows, const Tokens& tokens, const Scaling& 
                          const StatisticsOut& statistics, const CpuPlace& place);
 void token_stats_forward(const Rows& rows, const Tokens& tokens, const Scaling& scaling,
                          const StatisticsOut& statistics, const CudaPlace& place);
+
+// Of rows that are a shard of their vocabulary: ids count from its first entry, one outside lies in another shard.
+void token_states(const Rows& rows, const Tokens& tokens, const Scaling& scaling, const ShardStatesOut& states,
+                  const CpuPlace& place);
 
 // Writes every element of `out`.
 void token_stats_backward(const Output& out, const Rows& rows, const Tokens& tokens, const Scaling& scaling,

@@ -13,6 +13,7 @@ from vcpo_kernels.backends.triton import (
     score_rows,
     segment_spread,
     segment_sum,
+    token_states,
     token_stats,
     vcpo_coefficients,
 )
@@ -59,6 +60,7 @@ def row_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:
         yield _score_rows(dtype, table.score)
         yield _scale(dtype, table.scale)
         yield from _outer_sqnorm(dtype, table.outer_fp32 if dtype == "fp32" else table.outer)
+        yield _states(dtype, table.forward)
     yield _forward("bf16", table.forward_softcap, softcap=True)
     yield _backward("bf16", table.backward, True, softcap=True)
     yield _forward("bf16", table.forward, aligned=False)
@@ -109,6 +111,14 @@ def _forward(dtype: str, launch: RowLaunch, softcap: bool = False, aligned: bool
     name = f"token_stats.forward[{dtype}{', softcap' * softcap}{', unaligned' * (not aligned)}]"
     constants = _row_constants(dtype, launch, aligned)
     return Kernel(name, token_stats.forward_kernel, types, constants, launch.num_warps, _row_bits(aligned))
+
+
+def _states(dtype: str, launch: RowLaunch) -> Kernel:
+    types = _row_types(dtype, False, "states_ptr") | {"tokens": "i32"}
+    constants = _row_constants(dtype, launch, True)
+    return Kernel(
+        f"token_states[{dtype}]", token_states.states_kernel, types, constants, launch.num_warps, _row_bits(True)
+    )
 
 
 def _backward(

@@ -18,6 +18,8 @@ namespace vcpo {
 
 // One row, for each dtype (indexed by Dtype). `stream`: write around the cache.
 using ForwardRow = RowSummary (*)(const void* row, std::int64_t vocabulary, std::int64_t target, const RowScale&);
+// Of the row without `target`, which may be none of its entries (-1).
+using StateRow = RowState<double> (*)(const void* row, std::int64_t vocabulary, std::int64_t target, const RowScale&);
 using BackwardRow = void (*)(void* out, const void* row, std::int64_t vocabulary, const RowGradient&, const RowScale&,
                              bool stream);
 
@@ -35,6 +37,7 @@ using KeptBackwardRow = void (*)(void* out, const void* row, std::int64_t vocabu
 
 struct RowKernels {
   ForwardRow forward[3];
+  StateRow state[3];
   BackwardRow backward[3];
   KeepingForwardRow keeping_forward[3];
   KeptBackwardRow kept_backward[3];

@@ -23,6 +23,24 @@ void token_stats_forward(const Rows& rows, const Tokens& tokens, const Scaling& 
   });
 }
 
+void token_states(const Rows& rows, const Tokens& tokens, const Scaling& scaling, const ShardStatesOut& states,
+                  const CpuPlace& place) {
+  const StateRow state = kernels().state[static_cast<int>(rows.dtype)];
+  const RowScale scale = row_scale(scaling);
+  for_each_row(rows, place.threads, kSmallChunk, [&](std::int64_t o, std::int64_t i) {
+    const Token token = token_of(rows, tokens, o, i);
+    ShardState out = empty_shard_state();
+    if (token.valid) {
+      const char* row = row_at(rows, o, i);
+      const std::int64_t y = tokens.ids[token.at];
+      const bool in_sight = y >= 0 && y < rows.vocabulary;
+      const float target = in_sight ? static_cast<float>(element(row, rows.dtype, y)) : -INFINITY;
+      out = shard_state(state(row, rows.vocabulary, in_sight ? y : -1, scale), scale, target);
+    }
+    states.write(token.at, out);
+  });
+}
+
 void token_stats_backward(const Output& out, const Rows& rows, const Tokens& tokens, const Scaling& scaling,
                           const TokenGradients& gradients, const CpuPlace& place) {
   const BackwardRow backward = kernels().backward[static_cast<int>(rows.dtype)];

@@ -22,6 +22,8 @@ from vcpo_kernels.core import installation, measured
 from vcpo_kernels.core.checks import has_float64
 
 ROW_OPS = frozenset({"token_stats", "score_rows"})
+SHARD_OPS = frozenset({"token_states"})  # of rows too, whose vocabulary several ranks share
+MERGE_OPS = frozenset({"merged_statistics"})
 SEQUENCE_OPS = frozenset({"segment_sum", "segment_spread", "vcpo_coefficients"})
 GRADIENT_OPS = frozenset({"scale"})
 NORM_OPS = frozenset({"outer_sqnorm"})
@@ -98,21 +100,21 @@ BACKENDS: dict[str, Backend] = {
     for b in (
         Backend(
             name="reference",
-            ops=ROW_OPS | SEQUENCE_OPS | GRADIENT_OPS | NORM_OPS,
+            ops=ROW_OPS | SHARD_OPS | MERGE_OPS | SEQUENCE_OPS | GRADIENT_OPS | NORM_OPS,
             devices=None,
             dtypes=HALF_AND_SINGLE | {torch.float64},
             probe=lambda: None,
         ),
         Backend(
             name="native",
-            ops=ROW_OPS,
+            ops=ROW_OPS | SHARD_OPS,
             devices=frozenset({"cpu"}),
             dtypes=HALF_AND_SINGLE,
             probe=native_problem,
         ),
         Backend(
             name="triton",
-            ops=ROW_OPS | SEQUENCE_OPS | GRADIENT_OPS | NORM_OPS,
+            ops=ROW_OPS | SHARD_OPS | SEQUENCE_OPS | GRADIENT_OPS | NORM_OPS,
             devices=frozenset({"cuda"}),
             dtypes=HALF_AND_SINGLE,
             probe=triton_problem,
@@ -180,10 +182,10 @@ def select(op: str, device: torch.device, dtype: torch.dtype, vocabulary: int = 
         candidates = ("cuda", *candidates)
     if _forced:
         forced = _forced[-1]
-        candidates = (forced,) if op in ROW_OPS or op in BACKENDS[forced].ops else candidates
+        candidates = (forced,) if op in ROW_OPS | SHARD_OPS | BACKENDS[forced].ops else candidates
     for name in candidates:
         if not objections(name, op, device, dtype):
-            if name == "reference" and not _forced and op in ROW_OPS and dtype != torch.float64:
+            if name == "reference" and not _forced and op in ROW_OPS | SHARD_OPS and dtype != torch.float64:
                 _warn_slow(op, device.type)
             return _load(name, op)
     lines = [f"{op}: no backend can serve {dtype} tensors on {device} (asked for: {', '.join(candidates)})."]

@@ -10,6 +10,7 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head.operands import HeadInputs
+from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows.token_stats import checked_tokens
 
 # A GEMM's logits are good to some ulps, and the lean backward has log p from statistics in fp32: logits of size z leave
@@ -27,13 +28,16 @@ def checked(
     temperature: Any,
     softcap: Any,
     shift: bool,
+    shard: VocabularyShard | None = None,
 ) -> HeadInputs:
     """The operands in one dtype, ids as int64, the mask as bool, the numbers as floats; or an error naming the argument."""
     check.tensor("hidden", hidden, checks.FLOAT_DTYPES)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise check.value_error(f"hidden must be [.., H] with H >= 1, got {checks.describe(hidden)}.")
+    if shard is None and hasattr(weight, "full_tensor") and not hasattr(hidden, "full_tensor"):
+        raise ambiguous(check)
     check.tensor("weight", weight, checks.FLOAT_DTYPES)
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and shard is None) or weight.shape[1] != hidden.shape[-1]:
         raise check.value_error(
             f"weight must be [V, {hidden.shape[-1]}] (hidden.shape[-1]), got {checks.describe(weight)}. "
             "It is an nn.Linear's weight; one stored as [H, V] goes in as weight.T. Of FSDP's or ZeRO's flat part of it the "
@@ -55,6 +59,16 @@ def checked(
             "weighted_logp, which take them as exact."
         )
     return HeadInputs(*operands, ids, mask, temperature, softcap, shift)
+
+
+def ambiguous(check: Check) -> TypeError:
+    """To be raised: nothing says whether the ranks of a sharded weight have other tokens, or the same."""
+    return check.type_error(
+        "weight is a DTensor, of which this rank holds a part, and hidden is a plain tensor. Where all ranks have the same "
+        "tokens (tensor parallelism), pass vocabulary=VocabularyShard.of_dtensor(weight, 0), or hidden as the DTensor that it "
+        "came from. Where each has its own (FSDP2), call inside the forward of the module that gathers it, or pass "
+        'weight.full_tensor(grad_placements=[Partial("avg")]).'
+    )
 
 
 def _in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,10 +21,14 @@ from vcpo_kernels.head.chunks import CHUNK_BYTES, rows_per_chunk
 from vcpo_kernels.head.linear_token_stats import NEEDS, fake_gradients
 from vcpo_kernels.head.operands import Head, HeadInputs, Needs, at_positions
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_chunks, statistics_of
+from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
+from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
+from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows import known_gradient
-from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
-from vcpo_kernels.rows.token_stats import SETTINGS, TokenStats
-from vcpo_kernels.rows.weighted_logp import checked_coefficients, weighted_sum, without_gradient
+from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
+from vcpo_kernels.rows.token_stats import TokenStats
+from vcpo_kernels.rows.vocabulary_shards import check_shard
+from vcpo_kernels.rows.weighted_logp import checked_coefficients, known_sum, weighted_sum, without_gradient
 
 LARGEST_SUM = (
     2.0**14
@@ -42,6 +46,7 @@ def linear_weighted_logp(
     softcap: float | None = None,
     shift: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
+    vocabulary: VocabularyShard | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """`weighted_logp(hidden @ weight.T + bias, token_ids, coefficients, ...)`, without the logits in memory.
 
@@ -68,6 +73,8 @@ def linear_weighted_logp(
         hidden, weight, token_ids, bias, mask, temperature, softcap, shift, chunk_bytes: as in `linear_token_stats`.
             Where the rows need several chunks, d weight is accumulated in an fp32 [V, H] beside the buffer.
         coefficients: c, in the shape of token_ids, as in `weighted_logp`.
+        vocabulary: weight and bias are this rank's shard, as in `linear_token_stats`, with its collectives. The gradient is
+            then formed in the backward: from the scores where all rows fit one chunk, else computed again, 4 GEMMs.
 
     Returns:
         loss, 0-d fp32 (float64 for float64), differentiable to hidden, weight, bias and coefficients, and TokenStats,
@@ -79,8 +86,15 @@ def linear_weighted_logp(
     check = Check("linear_weighted_logp")
     chunk_bytes = check.integer("chunk_bytes", chunk_bytes, 1)
     deferred.refuse(check, "linear_token_stats, and accumulate_ with the coefficients", weight, bias)
-    inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift)
+    shard = check_shard(check, vocabulary)
+    hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
+    if shard is not None:
+        refuse_shard(check, weight, bias)
+    inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
     coefficients = checked_coefficients(check, coefficients, inputs.token_ids, inputs.hidden)
+    if shard is not None:
+        of_shard = statistics_of_shard(inputs, shard, sums_hidden, "auto", chunk_bytes, chunk_bytes)
+        return known_sum(of_shard, coefficients, shift, inputs.mask)
     needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
     *operands, temperature, softcap, shift = inputs
     loss, *outputs = _op(*operands, coefficients, temperature, softcap, shift, chunk_bytes, *needs)

@@ -82,3 +82,13 @@ class VocabularyShard:
     def width(self, entries: int) -> int:
         """How many of this rank's entries are of the vocabulary, and no padding."""
         return max(0, min(self.size - self.start, entries))
+
+
+def is_sharded_in(tensor: Any, dim: int) -> bool:
+    """Whether this is a DTensor that is sharded in its dimension `dim`, once, and replicated otherwise."""
+    if not hasattr(tensor, "full_tensor"):
+        return False
+    from torch.distributed.tensor import Replicate, Shard
+
+    others = [p for p in tensor.placements if not isinstance(p, Replicate)]
+    return len(others) == 1 and isinstance(others[0], Shard) and others[0].dim % tensor.dim() == dim % tensor.dim()

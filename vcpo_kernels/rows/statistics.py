@@ -36,5 +36,6 @@ class RowStatistics(NamedTuple):
         return RowStatistics(*map(function, self))
 
 
-# As the ops' schemas return them.
+# As the ops' schemas return them, and what they take besides tensors.
 RETURNS = ", ".join(f"Tensor {name}" for name in RowStatistics._fields)
+SETTINGS = "float temperature, float? softcap, bool shift"

@@ -6,8 +6,7 @@ fakes and autograd, and the public function with its checks. The kernels are in 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,11 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import forget_detached_casts
 from vcpo_kernels.core.library import define_op, nothing_returned
 from vcpo_kernels.core.trees import TensorTree
+from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows import views
-from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
+from vcpo_kernels.rows.kept_logits import logits_are_kept
+from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
+from vcpo_kernels.rows.vocabulary_shards import checked_shard, statistics_of_shard
 
 LEAST_TEMPERATURE = 1e-30
 # softcap / temperature multiplies the rounding of tanh: 500 times 2^-24, and a little, is what log p may lack.
@@ -97,6 +99,7 @@ def token_stats(
     softcap: float | None = None,
     shift: bool = False,
     inplace_backward: bool = False,
+    vocabulary: VocabularyShard | None = None,
 ) -> TokenStats:
     """Log-probability, entropy and score norm of every token, reading the logits once.
 
@@ -116,6 +119,11 @@ def token_stats(
             the shape of token_ids, entry t is about token t, and entry 0 (no prediction) is 0 and takes no gradient.
         inplace_backward: write the gradient over the logits instead of allocating [.., V] again. The logits' version
             counter is bumped, so autograd raises if anything else still needs them. Ignored under torch.compile.
+        vocabulary: the logits are this rank's shard [.., v] of rows whose entries the ranks of a group share (tensor
+            parallelism); v may be 0 or differ by rank, everything else is the same on all. Statistics are those of the
+            whole rows, the same bits on every rank, at one gather of 20 bytes a token; the gradient is the shard's and
+            sends nothing. Every rank of the group has to make the call. None: rows are whole, or logits are a DTensor that
+            is sharded in its last dimension, whose shards are then taken.
 
     Returns:
         TokenStats, each field in the shape of token_ids.
@@ -136,9 +144,15 @@ def token_stats(
     tensor([-0.5000,  0.5000])
     """
     check = Check("token_stats")
-    token_ids, mask, temperature, softcap = checked(check, logits, token_ids, mask, temperature, softcap, shift)
+    logits, shard = checked_shard(check, logits, vocabulary, "inplace_backward" if inplace_backward else None)
+    token_ids, mask, temperature, softcap = checked(
+        check, logits, token_ids, mask, temperature, softcap, shift, least_width=1 if shard is None else 0
+    )
     if inplace_backward:
         check.overwritable("inplace_backward", logits)
+    if shard is not None:
+        outputs = statistics_of_shard(logits, token_ids, mask, temperature, softcap, shift, inplace_backward, shard)
+        return TokenStats.of(outputs, shift, mask)
     if not views.viewable(logits, shift):  # more than two batch dimensions that no stride can merge: one call per slice
         masks = mask if mask is not None else [None] * len(logits)
         return TokenStats.stacked(
@@ -153,11 +167,18 @@ def token_stats(
 
 
 def checked(
-    check: Check, logits: Any, token_ids: Any, mask: Any, temperature: Any, softcap: Any, shift: Any
+    check: Check,
+    logits: Any,
+    token_ids: Any,
+    mask: Any,
+    temperature: Any,
+    softcap: Any,
+    shift: Any,
+    least_width: int = 1,
 ) -> tuple[Tensor, Tensor | None, float, float | None]:
     """ids as int64, the mask as bool, the numbers as floats; or an error naming the argument."""
     check.tensor("logits", logits, checks.FLOAT_DTYPES)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or logits.shape[-1] < least_width:
         raise check.value_error(f"logits must be [.., V] with V >= 1, got {checks.describe(logits)}.")
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         raise check.value_error(
@@ -267,33 +288,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # no gradient to entropy is the common case, and has a cheaper kernel
 
 
-_keeping: list[None] = []  # of every thread: autograd runs a GPU's backward in one of its own
-
-
-@contextlib.contextmanager
-def logits_kept() -> Iterator[None]:
-    """Backwards inside leave the logits as they are, `inplace_backward` or not: the same graph is differentiated again."""
-    _keeping.append(None)
-    try:
-        yield
-    finally:
-        _keeping.pop()
-
-
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *unused: Any) -> tuple[Any, ...]:
     nothing = (None,) * 6
     if grad_logp is None and grad_entropy is None:
         return (None, *nothing)
     logits, *saved = ctx.saved_tensors
     arguments = (logits, *saved, grad_logp, grad_entropy, ctx.temperature, ctx.softcap, ctx.shift)
-    if not ctx.inplace or _keeping:
+    if not ctx.inplace or logits_are_kept():
         return (_backward_op(*arguments), *nothing)
     written = logits.detach()  # shares storage and version counter; not a view of the graph
     _backward_op_(written, *arguments[1:])
     return (written, *nothing)
 
 
-SETTINGS = "float temperature, float? softcap, bool shift"
 _SAVED = (
     "Tensor token_ids, Tensor? mask, Tensor logp, Tensor entropy, Tensor lse, Tensor? grad_logp, Tensor? grad_entropy, "
     + SETTINGS

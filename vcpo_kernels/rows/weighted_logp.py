@@ -16,9 +16,11 @@ from vcpo_kernels.core import checks, registry
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import needs_grad, wide
 from vcpo_kernels.core.library import define_op, first_derivative_only
+from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows import known_gradient, views
-from vcpo_kernels.rows.statistics import RETURNS, RowStatistics
-from vcpo_kernels.rows.token_stats import SETTINGS, TokenStats, checked
+from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
+from vcpo_kernels.rows.token_stats import TokenStats, checked
+from vcpo_kernels.rows.vocabulary_shards import checked_shard, statistics_of_shard
 
 LARGEST_ENTRY = (
     2.0**10
@@ -34,6 +36,7 @@ def weighted_logp(
     softcap: float | None = None,
     shift: bool = False,
     inplace: bool = False,
+    vocabulary: VocabularyShard | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """sum_t c_t logp_t and the statistics of `token_stats`, with the gradient taken in the same pass over the logits.
 
@@ -49,6 +52,8 @@ def weighted_logp(
         inplace: write the gradient over the logits instead of allocating [.., V] again; their values are gone after the
             call. As `inplace_backward` of `token_stats`, it needs logits that a module computed, and is ignored
             under torch.compile.
+        vocabulary: the logits are this rank's shard, as in `token_stats`. The gradient then takes its own pass, in the
+            backward: two reads and one write, and so `inplace` writes there.
 
     Returns:
         loss, 0-d fp32 (float64 for float64 logits), differentiable to logits and coefficients, and TokenStats, which
@@ -68,10 +73,16 @@ def weighted_logp(
     tensor([ 0.5000,  0.5000,  0.5000, -1.5000])
     """
     check = Check("weighted_logp")
-    token_ids, mask, temperature, softcap = checked(check, logits, token_ids, mask, temperature, softcap, shift)
+    logits, shard = checked_shard(check, logits, vocabulary, "inplace" if inplace else None)
+    token_ids, mask, temperature, softcap = checked(
+        check, logits, token_ids, mask, temperature, softcap, shift, least_width=1 if shard is None else 0
+    )
     coefficients = checked_coefficients(check, coefficients, token_ids, logits)
     if inplace:
         check.overwritable("inplace", logits)
+    if shard is not None:
+        of_shard = statistics_of_shard(logits, token_ids, mask, temperature, softcap, shift, inplace, shard)
+        return known_sum(of_shard, coefficients, shift, mask)
     if not views.viewable(logits, shift):  # more than two batch dimensions that no stride can merge: one call per slice
         masks = mask if mask is not None else [None] * len(logits)
         parts = [
@@ -87,6 +98,14 @@ def weighted_logp(
     else:
         loss, *stats, _ = _op(logits, *settings, needs_logits)
     return loss, without_gradient(stats, shift, mask)
+
+
+def known_sum(
+    statistics: RowStatistics, coefficients: Tensor, shift: bool, mask: Tensor | None
+) -> tuple[Tensor, TokenStats]:
+    """sum_t c_t logp_t of statistics that carry their gradient, and the statistics without it."""
+    loss = _sum_op(statistics.logp, coefficients, views.valid_tokens(coefficients, mask, shift))
+    return loss, without_gradient(statistics, shift, mask)
 
 
 def without_gradient(statistics: Sequence[Tensor], shift: bool, mask: Tensor | None) -> TokenStats:
@@ -105,10 +124,11 @@ def checked_coefficients(check: Check, coefficients: Any, token_ids: Tensor, bes
 
 def weighted_sum(logp: Tensor, coefficients: Tensor, valid: Tensor | None) -> Tensor:
     """sum_t c_t logp_t over valid tokens, where c_t = 0 takes no part whatever logp_t is."""
-    idle = coefficients == 0
-    if valid is not None:
-        idle |= ~valid
-    return torch.where(idle, 0.0, coefficients * logp).sum()
+    return torch.where(_idle(coefficients, valid), 0.0, coefficients * logp).sum()
+
+
+def _idle(coefficients: Tensor, valid: Tensor | None) -> Tensor:
+    return coefficients == 0 if valid is None else (coefficients == 0) | ~valid
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
@@ -205,6 +225,20 @@ class _InPlace(torch.autograd.Function):
         return _once(ctx, grad_loss)[:-1]  # without needs_logits, which only the other op is told
 
 
+def _save_terms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _terms_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    logp, coefficients, valid = ctx.saved_tensors
+    to_logp = torch.where(_idle(coefficients, valid), 0.0, grad * coefficients)
+    return to_logp, grad * (logp if valid is None else torch.where(valid, logp, 0.0)), None
+
+
+_sum_op = define_op(
+    "weighted_sum(Tensor logp, Tensor coefficients, Tensor? valid) -> Tensor",
+    weighted_sum, lambda logp, *rest: logp.new_empty(()), _save_terms, _terms_gradients,
+)  # fmt: skip
 _ARGUMENTS = f"Tensor token_ids, Tensor? mask, Tensor coefficients, {SETTINGS}"
 _op = define_op(
     f"weighted_logp(Tensor logits, {_ARGUMENTS}, bool needs_logits) -> (Tensor loss, {RETURNS}, Tensor gradient)",

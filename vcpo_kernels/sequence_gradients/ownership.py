@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import no_autocast
-from vcpo_kernels.rows.token_stats import logits_kept
+from vcpo_kernels.rows.kept_logits import logits_kept
 from vcpo_kernels.sequence_gradients.graph import Graph
 from vcpo_kernels.sequence_gradients.row_owners import RowOwners
 

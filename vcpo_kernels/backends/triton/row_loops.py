@@ -105,9 +105,8 @@ def target_of(token_id, vocabulary):
 
 
 @triton.jit
-def row_statistics(
+def row_lanes(
     row_ptr,
-    known,
     target,
     vocabulary,
     temperature,
@@ -116,7 +115,7 @@ def row_statistics(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """logp, entropy, score_sqnorm, lse of a row, and the pivot of its gradient."""
+    """The states of a row without its target, one per lane."""
     full, target_block, plain_blocks, masked_blocks = split(vocabulary, target, BLOCK)
     scale = row_state.LOG2_E / temperature
 
@@ -132,6 +131,26 @@ def row_statistics(
         z = tl.where(counts, z, float("-inf"))
         reference, sum_exp, sum_centred, sum_sq = row_state.absorb(reference, sum_exp, sum_centred, sum_sq, z, scale)
 
+    return reference, sum_exp, sum_centred, sum_sq
+
+
+@triton.jit
+def row_statistics(
+    row_ptr,
+    known,
+    target,
+    vocabulary,
+    temperature,
+    softcap,  # or None
+    tile,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """logp, entropy, score_sqnorm, lse of a row, and the pivot of its gradient."""
+    reference, sum_exp, sum_centred, sum_sq = row_lanes(
+        row_ptr, target, vocabulary, temperature, softcap, tile, BLOCK, LANES
+    )
+    scale = row_state.LOG2_E / temperature
     # Last, since through the loops it would hold a register; the masked one has just read around it.
     z_target = capped(tl.load(row_ptr + target, mask=known, other=float("-inf")).to(tl.float32), softcap)
     reference, sum_exp, sum_centred, sum_sq = row_state.merged(reference, sum_exp, sum_centred, sum_sq, scale)
@@ -148,6 +167,16 @@ def store_statistics(logp_ptr, entropy_ptr, score_ptr, lse_ptr, token, logp, ent
     tl.store(entropy_ptr + token, entropy)
     tl.store(score_ptr + token, score)
     tl.store(lse_ptr + token, lse)
+
+
+@triton.jit
+def store_state(states_ptr, tokens, reference, sum_exp, sum_centred, sum_sq, target_logit):
+    """A shard's five numbers of a token, `tokens` apart: rows/shard_states.py."""
+    tl.store(states_ptr, reference)
+    tl.store(states_ptr + tokens, sum_exp)
+    tl.store(states_ptr + 2 * tokens, sum_centred)
+    tl.store(states_ptr + 3 * tokens, sum_sq)
+    tl.store(states_ptr + 4 * tokens, target_logit)
 
 
 @triton.jit

@@ -1,0 +1,31 @@
+"""token_states through the compiled extension, on a CPU's threads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vcpo_kernels import _native
+from vcpo_kernels.backends.native.arguments import address, rows_argument, scaling_argument, tokens_argument
+from vcpo_kernels.rows.shard_states import NUMBERS
+
+
+def forward(
+    rows: Tensor,  # [O, I, v]
+    token_ids: Tensor,  # [O, I] int64, counted from the shard's first entry
+    mask: Tensor | None,  # [O, I] bool
+    *,
+    temperature: float,
+    softcap: float | None,
+    shift: bool,
+) -> Tensor:
+    """[5, O, I] fp32, see the reference."""
+    states = torch.empty((NUMBERS, *rows.shape[:2]), dtype=torch.float32, device=rows.device)
+    _native.token_states(
+        rows_argument(rows),
+        tokens_argument(token_ids, mask, shift),
+        scaling_argument(temperature, softcap),
+        address(states),
+        torch.get_num_threads(),
+    )
+    return states
