@@ -14,7 +14,7 @@ from tests.distributed import vocabularies, vocabulary_calls
 from tests.distributed.vocabularies import BACKENDS, HEADS, HEADS_OF_FOUR, ROWS, ROWS_OF_FOUR, Case, HeadCase
 
 STATISTICS, GRADIENTS = 2e-6, 5e-6
-ONE_GATHER = ["all_gather_into_tensor"]
+ONE_GATHER = ["all_gather"]
 # What one rounding of a gradient may be.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 

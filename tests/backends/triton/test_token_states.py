@@ -9,6 +9,8 @@ from vcpo_kernels.backends.reference import merged_statistics
 from vcpo_kernels.backends.reference import token_stats as specification
 
 pytest.importorskip("triton")
+import itertools
+
 from vcpo_kernels.backends.triton import token_states
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the inf that the interpreter meets
@@ -35,7 +37,7 @@ def test_merged_states(
     states = torch.stack(
         [
             token_states.forward(rows[..., begin:end], ids - begin, mask, **settings)
-            for begin, end in zip(starts, starts[1:], strict=False)
+            for begin, end in itertools.pairwise(starts)
         ]
     )
     merged = merged_statistics.forward(states, ids, mask, size, **settings)
