@@ -8,6 +8,7 @@ from typing import Any
 
 from vcpo_kernels.backends.triton import (
     group_advantages,
+    merged_statistics,
     outer_sqnorm,
     scale,
     score_rows,
@@ -64,6 +65,7 @@ def row_kernels(capability: tuple[int, int]) -> Iterator[Kernel]:
     yield _forward("bf16", table.forward_softcap, softcap=True)
     yield _backward("bf16", table.backward, True, softcap=True)
     yield _forward("bf16", table.forward, aligned=False)
+    yield _merge(table.sequence)
     yield _backward("bf16", table.backward, True, aligned=False)
     yield _backward("bf16", table.backward, True, block=True)
     yield _score_rows("bf16", table.score_softcap, softcap=True)
@@ -139,6 +141,13 @@ def _score_rows(dtype: str, launch: RowLaunch, softcap: bool = False, aligned: b
     name = f"score_rows[{dtype}{', softcap' * softcap}{', unaligned' * (not aligned)}]"
     bits = _row_bits(aligned)
     return Kernel(name, score_rows.score_rows_kernel, types, constants, launch.num_warps, bits, bits)
+
+
+def _merge(launch: SequenceLaunch) -> Kernel:
+    types: dict[str, str | None] = {"states_ptr": "*fp32", "ids_ptr": "*i64", "valid_ptr": "*u8", "merged_ptr": "*fp32"}
+    types |= dict.fromkeys(("shards", "tokens", "size"), "i32") | {"temperature": "fp32", "softcap": "fp32"}
+    function = merged_statistics.merge_kernel
+    return Kernel("merged_statistics[softcap]", function, types, {"BLOCK": launch.block}, launch.num_warps)
 
 
 def _scale(dtype: str, launch: SequenceLaunch) -> Kernel:

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import vcpo_kernels as vk
-from vcpo_kernels.head import free_memory
+from vcpo_kernels.head import free_memory, kept_scores
 
-linear_token_stats = sys.modules["vcpo_kernels.head.linear_token_stats"]
 MIB = 1 << 20
 CPU = torch.device("cpu")
 
@@ -162,7 +161,7 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         asked.append(shape)
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(linear_token_stats, "empty_large", empty)
+    monkeypatch.setattr(kept_scores, "empty_large", empty)
     return asked
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import vcpo_kernels as vk
 from tests.head import head_inputs
 from tests.head.head_inputs import FIELDS, distance, make, through_head, through_logits
-from vcpo_kernels.head import linear_token_stats
+from vcpo_kernels.head import kept_scores
 from vcpo_kernels.head.operands import Head
 
 # Relative L2. In bf16 and fp16 the logits themselves are rounded once; eager torch has the same error (see the test).
@@ -131,10 +131,10 @@ def test_gemms_see_only_rows_that_count(monkeypatch: pytest.MonkeyPatch) -> None
     """Masked rows are dropped before the first GEMM, rows without a gradient before the backward's."""
     rows: list[int] = []
     gradient_rows: list[int] = []
-    logits, gradients = Head.logits, linear_token_stats.gradients
+    logits, gradients = Head.logits, kept_scores.gradients
     monkeypatch.setattr(Head, "logits", lambda self, *a, **k: (rows.append(self.rows), logits(self, *a, **k))[1])
     monkeypatch.setattr(
-        linear_token_stats, "gradients", lambda head, *a: (gradient_rows.append(head.rows), gradients(head, *a))[1]
+        kept_scores, "gradients", lambda head, *a: (gradient_rows.append(head.rows), gradients(head, *a))[1]
     )
     x = make(torch.float32, (20,))
     mask = torch.arange(20) % 2 == 0

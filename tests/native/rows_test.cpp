@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/common/dtypes.h"
@@ -190,11 +191,42 @@ void check_dtypes() {
   CHECK(std::isnan(vcpo::to_float(vcpo::from_float<vcpo::BFloat16>(NAN))), "bfloat16 NaN");
 }
 
+// A row in two shards, the first of which does not hold the target: their states' sums are the row's.
+template <class T>
+void check_shard_states(std::int64_t vocabulary, typename Guarded<T>::Side side, float softcap) {
+  std::mt19937 random(static_cast<unsigned>(vocabulary));
+  std::normal_distribution<float> normal(0.0f, 4.0f);
+  const std::int64_t first = vocabulary / 2, y = vocabulary - 1;
+  const vcpo::Scaling scaling{0.8f, softcap};
+  double total = 0, want = 0;
+  for (const auto& [begin, end] : {std::pair{std::int64_t{0}, first}, std::pair{first, vocabulary}}) {
+    const std::int64_t width = end - begin;
+    if (width == 0) continue;
+    Guarded<T> z(static_cast<std::size_t>(width), side);
+    for (std::int64_t v = 0; v < width; ++v) {
+      z[static_cast<std::size_t>(v)] = vcpo::from_float<T>(normal(random));
+      const double raw = vcpo::to_float(z[static_cast<std::size_t>(v)]);
+      const double capped = softcap > 0 ? softcap * std::tanh(raw / softcap) : raw;
+      if (begin + v != y) want += std::exp(capped / 0.8);
+    }
+    Guarded<float> states(5, static_cast<Guarded<float>::Side>(side));
+    const std::int64_t id = y - begin;
+    vcpo::token_states({z.data(), dtype_of<T>(), 1, 1, width, width, width}, {&id, nullptr, false}, scaling,
+                       {states.data(), 1}, vcpo::CpuPlace{1});
+    if (states[1] > 0) total += states[1] * std::exp(static_cast<double>(states[0]) / 0.8);
+    CHECK(end == vocabulary ? states[4] == vcpo::to_float(z[static_cast<std::size_t>(id)]) : states[4] == -INFINITY,
+          "target of a shard, vocabulary %lld", static_cast<long long>(vocabulary));
+  }
+  CHECK(std::abs(total - want) <= 5e-6 * want, "states of shards, vocabulary %lld: %g, want %g",
+        static_cast<long long>(vocabulary), total, want);
+}
+
 template <class T>
 void check_dtype_rows() {
   for (const std::int64_t vocabulary : {1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 100, 4095, 4096, 4097, 9001}) {
     for (const auto side : {Guarded<T>::kEnd, Guarded<T>::kBegin}) {
       for (const float softcap : {0.0f, 12.0f}) {
+        check_shard_states<T>(vocabulary, side, softcap);
         for (const bool inplace : {false, true}) {
           check_rows<T>(vocabulary, side, softcap, inplace, 2);
           check_scores_and_blocks<T>(vocabulary, side, softcap, inplace);

@@ -114,7 +114,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name="triton",
-            ops=ROW_OPS | SHARD_OPS | SEQUENCE_OPS | GRADIENT_OPS | NORM_OPS,
+            ops=ROW_OPS | SHARD_OPS | MERGE_OPS | SEQUENCE_OPS | GRADIENT_OPS | NORM_OPS,
             devices=frozenset({"cuda"}),
             dtypes=HALF_AND_SINGLE,
             probe=triton_problem,
