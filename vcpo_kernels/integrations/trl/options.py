@@ -19,13 +19,15 @@ class Options:
     """How each option of a configuration class is treated, by name; values are reasons.
 
     honoured: does what it does in TRL. refused: takes no value but TRL's default. limited: takes the listed values.
-    unset: options of transformers' TrainingArguments that must stay unset.
+    unset: options of transformers' TrainingArguments that must stay unset. whole_vocabulary: whether tensor parallelism,
+    which splits it, is refused.
     """
 
     honoured: frozenset[str]
     refused: Mapping[str, str]
     limited: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     unset: Mapping[str, str] = field(default_factory=dict)
+    whole_vocabulary: bool = False
 
 
 # loss_type -> VCPOConfig.aggregation: how a loss type of TRL's weighs tokens, without its clipping.
@@ -100,9 +102,9 @@ GRPO = Options(
         "torch_compile_mode": _COMPILED,
         "neftune_noise_alpha": "The two passes of a window would see different noise.",
         "deepspeed": _DEEPSPEED,
-        "fsdp": "Sharded parameters are untested here. Use DistributedDataParallel.",
         "label_smoothing_factor": "There are no labels to smooth.",
     },
+    whole_vocabulary=True,
 )  # fmt: skip
 
 ASYNC_GRPO = Options(
@@ -148,7 +150,7 @@ def refuse_options(where: str, args: Any, of_trl: type, inherited: type, options
     if str(getattr(args.optim, "value", args.optim)) in _STEPLESS_OPTIMIZERS:
         problems.append(f"optim={args.optim!r}: it updates inside backward, before the step's rate is known.")
     parallelism = getattr(args, "parallelism_config", None)
-    if "fsdp" in options.unset and getattr(parallelism, "tp_enabled", False):
+    if options.whole_vocabulary and getattr(parallelism, "tp_enabled", False):
         problems.append("parallelism_config.tp_size: the head's vocabulary would be split over ranks.")
     if problems:
         raise ValueError(f"{where} does not honour these options:\n  " + "\n  ".join(problems))

@@ -24,10 +24,10 @@ def check_support(trainer: Any) -> None:
             "DeepSpeed is not supported: its engine steps inside backward, before the window's rate is known. "
             "Launch with DistributedDataParallel (torchrun, or accelerate without a DeepSpeed plugin)."
         )
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and not getattr(getattr(trainer, "accelerator", None), "is_fsdp2", False):
         raise check.value_error(
-            "FSDP is not supported: sharded parameters are untested here. Launch with DistributedDataParallel "
-            "(torchrun, or accelerate without an FSDP plugin)."
+            "FSDP is not supported in its version 1, whose flat parameters have no head to call. Set "
+            "fsdp_config={'version': 2} (fsdp_version: 2 in accelerate's config), or launch with DistributedDataParallel."
         )
     if getattr(trainer, "_is_vlm", False):
         raise check.value_error("vision-language models are not supported. Train a text model, or use GRPOTrainer.")
