@@ -17,7 +17,7 @@ B, T, H = 3, 5, 6
 
 @dataclass(frozen=True)
 class Case:
-    """starts: of the shards; None: even ones, the last padded. size: what is not padding. kind: what `whole` does to the rows."""
+    """starts: of the shards; None: even ones. size: what is not padding. kind: what `whole` does to the rows."""
 
     size: int = 61
     starts: tuple[int, ...] | None = None
