@@ -17,7 +17,7 @@ B, T, H = 3, 5, 6
 
 @dataclass(frozen=True)
 class Case:
-    """starts: of the shards; None: even ones of 32 entries. size: what is not padding. kind: what `whole` does to the rows."""
+    """starts: of the shards; None: even ones. size: what is not padding. kind: what `whole` does to the rows."""
 
     size: int = 61
     starts: tuple[int, ...] | None = None
@@ -120,7 +120,7 @@ def rows_of_case(case: Case, entries: slice | None, group: Any) -> dict[str, Any
         stats = vk.token_stats(
             leaf * 1, x["ids"], mask, inplace_backward=case.inplace, vocabulary=shard, **case.settings
         )  # fmt: skip
-    loss = (stats.logp.nan_to_num(neginf=0.0) * 0).sum() + torch.where(x["g"] != 0, stats.logp * x["g"], 0.0).sum()
+    loss = torch.where(x["g"] != 0, stats.logp * x["g"], 0.0).sum()
     if case.entropy:
         loss = loss + torch.where(x["h"] != 0, stats.entropy * x["h"], 0.0).sum()
     with counting.collectives() as backward:
