@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 from typing import Any
 
 import pytest
@@ -119,6 +121,44 @@ def on_two(rank: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def of_two() -> list[dict[str, Any]]:
     return ranks.run(on_two, 2)
+
+
+def zero_3(rank: int) -> dict[str, Any]:
+    """Under DeepSpeed's ZeRO-3, every parameter partitioned; statistics, too, after a step."""
+    os.environ.update(DS_ACCELERATOR="cpu", DS_BUILD_OPS="0", DEEPSPEED_LOG_LEVEL="error")
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    found: dict[str, Any] = {}
+    for head in HEADS:
+        model = models.made("llama")
+        config = {
+            "train_micro_batch_size_per_gpu": B // 2, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "zero_force_ds_cpu_optimizer": False,
+        }  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for step in range(2):
+            loss, stats = loss_of(engine.module, slice(rank * B // 2, (rank + 1) * B // 2), head)
+            engine.backward(2 * loss)
+            if step == 0:
+                found[head] = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()}
+                for group in engine.optimizer.optimizer.param_groups:
+                    group["lr"] = 0.0
+                engine.step()
+                found[f"{head}; logp"] = stats.logp.detach()
+            else:
+                assert torch.equal(stats.logp.detach(), found[f"{head}; logp"])
+    return found
+
+
+@pytest.mark.slow
+def test_zero_3() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs deepspeed")
+    for result in ranks.run(zero_3, 2):
+        for head in HEADS:
+            models.assert_close(result[head], alone(head, tied=False), BOUND)
 
 
 def alone(head: str, tied: bool, frozen: bool = False) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ done in the kernels. Anything else is an error.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import re
@@ -27,7 +26,7 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred
 from vcpo_kernels.head.linear_token_stats import linear_token_stats
 from vcpo_kernels.head.linear_weighted_logp import linear_weighted_logp
-from vcpo_kernels.head.sharded_head import Operands, ShardedHead, asking
+from vcpo_kernels.head.sharded_head import CalledHead, Operands, ShardedHead, Work, asking
 from vcpo_kernels.head.traced_logits import TracedLogits
 from vcpo_kernels.rows.token_stats import TokenStats
 
@@ -42,7 +41,8 @@ class HeadOutput:
 
     hidden: [.., H], what the head was given (a model's `logits_to_keep` is honoured). weight: [V, H]. bias: [V] or None.
     softcap: c of c tanh(z / c), or None. model_output: the model's own output (cache, router losses, hidden states),
-    with `logits` None. Where FSDP2 shards the head, weight and bias are None: the methods gather them, on all ranks.
+    with `logits` None. Where FSDP2 or ZeRO-3 shards the head, weight and bias are None: the methods gather them, on all
+    ranks.
     """
 
     hidden: Tensor
@@ -54,7 +54,7 @@ class HeadOutput:
     # Empty views of weight and bias. DistributedDataParallel follows outputs back to the parameters they were made with, to
     # find the unused ones, and has no way back from a parameter itself.
     _used: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
-    _sharded: ShardedHead | None = field(default=None, repr=False, compare=False)
+    _sharded: ShardedHead | CalledHead | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self._sharded is not None:  # what FSDP2's output_dtype made of it would take a whole weight of that dtype
@@ -79,11 +79,15 @@ class HeadOutput:
     ) -> TokenStats:
         """`token_stats(model(..).logits, token_ids, mask, temperature, shift=shift)`. options: see linear_token_stats."""
         scaling = self._scaling(Check("token_stats"), temperature)
-        with self._operands() as (weight, bias):
-            stats = linear_token_stats(self.hidden, weight, token_ids, bias, mask, **scaling, shift=shift, **options)
-        if self._sharded is not None:
-            self._sharded.gather_in_backward_of(stats.logp, stats.entropy)
-        return stats
+        made: list[TokenStats] = []
+
+        def work(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+            stats = linear_token_stats(hidden, weight, token_ids, bias, mask, **scaling, shift=shift, **options)
+            made.append(stats)
+            return stats.logp, stats.entropy
+
+        logp, entropy = self._run(work)
+        return dataclasses.replace(made[0], logp=logp, entropy=entropy)
 
     def weighted_logp(
         self,
@@ -96,21 +100,28 @@ class HeadOutput:
     ) -> tuple[Tensor, TokenStats]:
         """`weighted_logp(model(..).logits, token_ids, coefficients, ..)`. options: see linear_weighted_logp."""
         scaling = self._scaling(Check("weighted_logp"), temperature)
-        with self._operands() as (weight, bias):
-            return linear_weighted_logp(
-                self.hidden, weight, token_ids, coefficients, bias, mask, **scaling, shift=shift, **options
+        made: list[TokenStats] = []
+
+        def work(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+            loss, stats = linear_weighted_logp(
+                hidden, weight, token_ids, coefficients, bias, mask, **scaling, shift=shift, **options
             )
+            made.append(stats)
+            return (loss,)
+
+        (loss,) = self._run(work)
+        return loss, made[0]
 
     def in_float32(self) -> HeadOutput:
         """The same in float32, as a head of `hidden.float()`."""
         sharded = None if self._sharded is None else self._sharded.of(torch.float32)
         return dataclasses.replace(self, hidden=self.hidden.float(), _sharded=sharded)
 
-    def _operands(self) -> contextlib.AbstractContextManager[tuple[Tensor, Tensor | None]]:
+    def _run(self, work: Work) -> tuple[Tensor, ...]:
         if self._sharded is not None:
-            return self._sharded.whole()
+            return self._sharded.run(self.hidden, work)
         assert self.weight is not None
-        return contextlib.nullcontext((self.weight, self.bias))
+        return work(self.hidden, self.weight, self.bias)
 
     def _scaling(self, check: Check, temperature: float) -> dict[str, Any]:
         """c tanh(s z / c) = s (c / s) tanh(z / (c / s)): the scale goes into softcap and temperature."""
@@ -278,6 +289,9 @@ class PatchedHead:
 
     def _output(self, logits: TracedLogits, output: Any) -> HeadOutput:
         factors, operands = logits.softcap_and_scale(), functools.partial(self._operands, logits, self._calls[0])
+        if CalledHead.gathers(self._head):
+            called = CalledHead(self._head, operands, logits.hidden.dtype)
+            return HeadOutput(logits.hidden, None, None, *factors, output, _sharded=called)
         units = ShardedHead.units_of(self._model, self._head)
         if not units:
             return HeadOutput(logits.hidden, *operands(), *factors, output)
@@ -301,7 +315,7 @@ def patch_head(model: nn.Module) -> PatchedHead:
 
     Raises:
         TypeError: the head is no plain nn.Linear (a quantised head computes something else); or its weight is a part of itself
-            (a DTensor) and not FSDP2's, which is gathered wherever the head was put.
+            (a DTensor) and not FSDP2's or ZeRO-3's, which is gathered wherever the head was put.
         ValueError: the model is patched already; or, in its forward, `labels` were given.
         RuntimeError: in the forward, where the model does something else to its logits, by name.
 
