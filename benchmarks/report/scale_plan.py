@@ -61,7 +61,8 @@ JOBS = (
     Job("70B, long", 70e9, 8192, 80, 128_256, 512, 8, 8, 131_072, 4_096),
 )
 
-SEQUENCE_BYTES, DATA_BYTES = 48, 64  # a sequence: docs/parallel.md
+TOKEN_BYTES = 20  # over vocabulary ranks: docs/parallel.md
+SEQUENCE_BYTES, DATA_BYTES = 48, 64  # a sequence
 LAUNCHES = 150  # of the sequence-sized arithmetic of one vcpo_loss over ranks, eager
 
 
@@ -82,10 +83,12 @@ def parts(job: Job, machine: Machine) -> dict[str, float]:
     """
     mine = job.sequences / job.data
     logits = job.tokens_a_rank * job.vocabulary / job.tensor * 2
+    states = _collective(job.tokens_a_rank * TOKEN_BYTES * (job.tensor - 1), job.tensor, machine.inside, machine)
     sums = _collective(2 * mine * SEQUENCE_BYTES, job.sequence, machine.inside, machine)
     rows = _collective(job.sequences * DATA_BYTES, job.data, machine.across, machine)
     return {
         "pass over logits": 2 * logits / machine.memory,
+        "states over vocabulary ranks": states,
         "sums over sequence ranks": sums,
         "gather over data ranks": rows,
         "arithmetic of the step's sequences": LAUNCHES * machine.launch,
