@@ -159,7 +159,12 @@ def test_functions(name: str) -> None:
     assert graphs(*FUNCTIONS[name], NUMBERS) == 2
 
 
-@pytest.mark.parametrize("name", METHODS)
+# One of each family of rules in every run; the others, which compile the same helpers, with the slow tests.
+FAMILIES = {"ppo_clip", "gspo", "icepop", "vespo", "topr", "m2po"}
+EVERY_METHOD = [m if m in FAMILIES else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+
+
+@pytest.mark.parametrize("name", EVERY_METHOD)
 def test_objectives(name: str) -> None:
     """All hyperparameters of every objective and all terms of a call."""
     assert graphs(objective(name), LOGP, NUMBERS[:3] if ANEW else NUMBERS) == 2 or ANEW
