@@ -37,7 +37,7 @@ def of_four() -> list[dict[str, dict[str, Any]]]:
 
 def check(names: str, layout: str, name: str, want: dict[str, Any], of_ranks: list[dict[str, Any]]) -> None:
     """Gradients, coefficients and metrics are the whole batch's; what is of the step has the same bits on every rank."""
-    close = {"atol": 2e-6, "rtol": 2e-6, "equal_nan": True}
+    close = {"atol": 1e-6, "rtol": 1e-6, "equal_nan": True}
     out, grad = want["out"], want["grad"]
     factor = len(of_ranks) if LAYOUTS[names][layout].averaged else 1
     torch.testing.assert_close(sum(r["loss"].double() for r in of_ranks).float(), factor * out.loss.detach(), **close)
