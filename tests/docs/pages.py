@@ -18,6 +18,8 @@ LEFT_OUT = {
     "make setup": "needs minutes and an index; CI runs it",
     "make PYTHON=": "the same with another interpreter",
     "make test-slow": MINUTES,
+    "make test-ranks": f"{MINUTES}; CI runs those of two",
+    "make test-oldest": MINUTES,
     "make test-docs": "it is what runs the others",
     "make test": f"{MINUTES}; CI runs it",
     "make lint": "CI runs it",
