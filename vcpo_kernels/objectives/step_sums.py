@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core.scalars import clamped, filled, log
+from vcpo_kernels.core.scalars import clamped, log
 from vcpo_kernels.objectives.tokens import TokenBatch
 from vcpo_kernels.parallel import collectives
 from vcpo_kernels.parallel.ranks import Ranks
-from vcpo_kernels.sequences.aggregation import aggregation_scale
+from vcpo_kernels.sequences.aggregation import step_scale
 from vcpo_kernels.sequences.ess import ess_moments
 
 
@@ -32,10 +32,7 @@ class Aggregation(NamedTuple):
 
     def scale(self, lengths: Tensor) -> Tensor:
         """k_i of a step's sequences, [B] float64, from the lengths of all."""
-        counted = ((lengths > 0).sum().double(), lengths.sum())
-        whole = (self.num_sequences, self.num_tokens)
-        totals = [c if w is None else filled(c, w) for w, c in zip(whole, counted, strict=True)]
-        return aggregation_scale(self.name, lengths, totals[0], totals[1], self.max_tokens)
+        return step_scale(self.name, lengths, self.num_sequences, self.num_tokens, self.max_tokens)
 
 
 class StepSums(NamedTuple):

@@ -16,6 +16,11 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.parallel.ranks import check_group
 
 
+def width_of(entries: int, start: int, size: int) -> int:
+    """How many of a shard's entries are of the vocabulary, and no padding."""
+    return max(0, min(size - start, entries))
+
+
 @dataclass(frozen=True)
 class VocabularyShard:
     """This rank's entries of rows of logits, or of a head's weight, that the ranks of `group` share.
@@ -81,7 +86,7 @@ class VocabularyShard:
 
     def width(self, entries: int) -> int:
         """How many of this rank's entries are of the vocabulary, and no padding."""
-        return max(0, min(self.size - self.start, entries))
+        return width_of(entries, self.start, self.size)
 
 
 def is_sharded_in(tensor: Any, dim: int) -> bool:

@@ -17,7 +17,7 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import wide
 from vcpo_kernels.core.library import define_op, nothing_returned
 from vcpo_kernels.parallel import collectives
-from vcpo_kernels.parallel.shards import VocabularyShard, is_sharded_in
+from vcpo_kernels.parallel.shards import VocabularyShard, is_sharded_in, width_of
 from vcpo_kernels.rows import views
 from vcpo_kernels.rows.kept_logits import logits_are_kept
 from vcpo_kernels.rows.shard_states import EMPTY, MERGED_RETURNS, NUMBERS, MergedStatistics
@@ -70,11 +70,6 @@ def statistics_of_shard(
     )
     logp, entropy = _attach(logits, token_ids, mask, *merged, *settings, *place, inplace)
     return RowStatistics(logp, entropy, merged.score_sqnorm, merged.lse)
-
-
-def width_of(entries: int, start: int, size: int) -> int:
-    """As VocabularyShard.width."""
-    return max(0, min(size - start, entries))
 
 
 # --- the state of a shard, and of all --------------------------------------------------------------------------------

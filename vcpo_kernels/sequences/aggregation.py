@@ -29,6 +29,19 @@ def aggregation_scale(
     return 1 / (num_sequences.clamp(min=1) * per_sequence)
 
 
+def step_scale(
+    aggregation: str,
+    lengths: Tensor,
+    num_sequences: float | None,
+    num_tokens: float | None,
+    max_tokens: float | None,
+) -> Tensor:
+    """`aggregation_scale` with the step's counts as given, or where None counted in lengths [B] float64."""
+    counted = ((lengths > 0).sum().double(), lengths.sum())
+    totals = [c if n is None else filled(c, n) for n, c in zip((num_sequences, num_tokens), counted, strict=True)]
+    return aggregation_scale(aggregation, lengths, totals[0], totals[1], max_tokens)
+
+
 def longest_possible(
     check: Check, aggregation: str, max_tokens: float | None, segments: Segments, name: str, fix: str
 ) -> float | None:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vcpo_kernels.core.scalars import clamped, filled, log
+from vcpo_kernels.core.scalars import clamped, log
 from vcpo_kernels.sequences import baselines
-from vcpo_kernels.sequences.aggregation import aggregation_scale
+from vcpo_kernels.sequences.aggregation import step_scale
 from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
 from vcpo_kernels.sequences.log_weights import usable, usable_below
 from vcpo_kernels.sequences.vcpo_coefficients import SequenceResults
@@ -64,10 +64,7 @@ def sequence_results(
     big_l = torch.where(ok, log_w, -math.inf)
     clipped = big_l if s.max_weight is None else clamped(big_l, high=log(s.max_weight))
 
-    counted = (nonempty.sum().double(), lengths.sum())
-    whole = (s.num_sequences, s.num_tokens)
-    b_count, t_count = (c if w is None else filled(c, w) for c, w in zip(counted, whole, strict=True))
-    scale = aggregation_scale(s.aggregation, lengths, b_count, t_count, s.max_tokens)
+    scale = step_scale(s.aggregation, lengths, s.num_sequences, s.num_tokens, s.max_tokens)
 
     ok = ok & (ids >= 0) & (ids < num_groups)
     ids = ids.clamp(0, max(num_groups - 1, 0))

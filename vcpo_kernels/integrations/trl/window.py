@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from vcpo_kernels.sequences.aggregation import aggregation_scale
+from vcpo_kernels.sequences.aggregation import step_scale
 from vcpo_kernels.sequences.ess import EffectiveSampleSize
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT, usable_below
 from vcpo_kernels.sequences.sequence_results import SequenceSums, Switches, sequence_results
@@ -149,8 +149,7 @@ def window_of(columns: Tensor, config: WindowConfig) -> Window:
     results = sequence_results(sums, rewards, ids, len(columns), switches, torch.float32)
     valid = sums.lengths > 0
     takes_part = valid & (sums.log_weights < usable_below(config.max_weight)) & rewards.isfinite()
-    total = (valid.sum().double(), sums.lengths.sum())
-    k = aggregation_scale(config.aggregation, sums.lengths, *total, config.max_tokens)
+    k = step_scale(config.aggregation, sums.lengths, None, None, config.max_tokens)
     return Window(results, torch.where(takes_part, k, 0.0), columns)
 
 
