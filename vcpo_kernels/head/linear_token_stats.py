@@ -141,9 +141,8 @@ def _forward(
     if needs.parameters and takes_fast(head, memory, chunk_bytes, fast_bytes):
         scores = score_matrix(head, memory)
         if scores is not None:
-            head.logits(
-                scores
-            )  # by one GEMM: libraries rearrange the weight once per call, which chunks would multiply
+            # By one GEMM: libraries rearrange the weight once per call, which chunks would multiply.
+            head.logits(scores)
             score_(head, scores, slice(0, head.rows), None, stats)
             return scores
     if needs.hidden and not needs.parameters:

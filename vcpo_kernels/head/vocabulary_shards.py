@@ -18,7 +18,7 @@ from vcpo_kernels.core.library import first_derivative_only
 from vcpo_kernels.head import deferred
 from vcpo_kernels.head.accumulate import HeadGradients
 from vcpo_kernels.head.chunks import row_chunks
-from vcpo_kernels.head.kept_scores import score_matrix, takes_fast
+from vcpo_kernels.head.kept_scores import gradients_of, score_matrix, takes_fast
 from vcpo_kernels.head.operands import Head, HeadInputs, Needs
 from vcpo_kernels.parallel import collectives
 from vcpo_kernels.parallel.shards import VocabularyShard, is_sharded_in
@@ -134,8 +134,6 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 
 def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *unused: Any) -> tuple[Any, ...]:
-    from vcpo_kernels.head.linear_token_stats import gradients_of
-
     shard, sums_hidden, needs, _, chunk_bytes, _ = ctx.call
     nothing = (None,) * 11
     if grad_logp is None and grad_entropy is None:
