@@ -153,6 +153,22 @@ def part_of(layout: Layout) -> Part:
     return Part(rows, tokens, x, ranks, vk.Segments.padded(x["mask"], sequence_group=ranks.sequence))
 
 
+def advantages_of(
+    rewards: Tensor, groups: int | Tensor, lengths: Tensor, log_weights: Tensor, norms: Tensor, ranks: vk.Ranks | None
+) -> dict[str, Tensor]:
+    """By every function that has groups, where one sequence has no tokens and one is broken."""
+    valid = lengths > 0
+    return {
+        "mean": objectives.group_mean_advantages(rewards, groups, valid=valid, ranks=ranks),
+        "normalized": objectives.group_normalized_advantages(
+            rewards, groups, sample_std=True, valid=valid, ranks=ranks
+        ),
+        "leave one out": objectives.leave_one_out_advantages(rewards, groups, valid=valid, ranks=ranks),
+        "length": objectives.length_weighted_advantages(rewards, groups, lengths, ranks=ranks),
+        "opob": objectives.opob_advantages(rewards, groups, log_weights, norms, valid=valid, ranks=ranks),
+    }
+
+
 def _run(layout: Layout) -> dict[str, Any]:
     part = part_of(layout)
     rows, tokens, x, ranks, segments = part.rows, part.tokens, part.x, part.ranks, part.segments
@@ -166,12 +182,16 @@ def _run(layout: Layout) -> dict[str, Any]:
     norms = segments.sum(stats.score_sqnorm)
     ess = vk.effective_sample_size(out.log_weights, segments.lengths > 0, ranks=ranks)
     baselines = vk.off_policy_baseline(x["rewards"], out.log_weights, norms, groups_of(layout, rows), ranks=ranks)
+    lengths = segments.lengths
+    with counting.collectives() as of_advantages:
+        advantages = advantages_of(x["rewards"], groups_of(layout, rows), lengths, out.log_weights, norms, ranks)
     dist.barrier()
     return {
+        "advantages": advantages, "called by advantages": of_advantages,
         "effective_sample_size": ess, "off_policy_baseline": baselines,
         "rows": rows, "tokens": tokens, "called": called, "grad": logits.grad,
         "out": {name: value for name, value in vars(out).items() if isinstance(value, Tensor)},
-        "loss": out.loss.detach(), "metrics": out.metrics, "lengths": segments.lengths,
+        "loss": out.loss.detach(), "metrics": out.metrics, "lengths": lengths,
         "mean": segments.mean(x["rewards"][:, None].expand(x["mask"].shape).contiguous()),
     }  # fmt: skip
 

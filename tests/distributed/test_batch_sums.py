@@ -37,7 +37,7 @@ def check(layout: Layout, of_ranks: list[dict[str, Any]]) -> None:
 
 
 def check_parts(layout: Layout, of_ranks: list[dict[str, Any]]) -> None:
-    """ESS and the baseline by themselves, which are given log-weights and norms of whole sequences."""
+    """ESS, the baseline and advantages by themselves, which are given log-weights and norms of whole sequences."""
     x = batches.whole()
     stats, segments = vk.token_stats(x["logits"], x["ids"], x["mask"]), vk.Segments.padded(x["mask"])
     log_weights = vk.sequence_log_weights(stats, x["mu"], segments)
@@ -50,6 +50,14 @@ def check_parts(layout: Layout, of_ranks: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(got.moments, ess.moments, **close)
         assert torch.equal(got.ratio, of_ranks[0]["effective_sample_size"].ratio)
         torch.testing.assert_close(result["off_policy_baseline"], want, **close)
+    groups = batches.groups_of(layout)
+    of_one = batches.advantages_of(x["rewards"], groups, segments.lengths, log_weights, norms, None)
+    for name, value in of_one.items():
+        assert value.any(), name
+        for result in of_ranks:
+            torch.testing.assert_close(result["advantages"][name], value[result["rows"]], **close)
+            gathers = 0 if layout.data == 1 else 2 if layout.rows is not None else 1
+            assert result["called by advantages"] == ["all_gather"] * gathers * len(of_one)
 
 
 def check_collectives(layout: Layout, called: list[str]) -> None:
@@ -131,3 +139,39 @@ def test_a_rank_that_leaves_is_an_error_that_names_the_call() -> None:
     first, _ = ranks.run(a_rank_that_leaves, 2, barrier=False)
     assert first.startswith("vcpo_kernels: the all-gather of (8, 8) float64 failed: ")
     assert "Another rank has died or raised" in first
+
+
+def calls_that_differ(rank: int) -> dict[str, str]:
+    """Another number of sequences, of tokens, and another call on each rank; what each is told."""
+    world = torch.distributed.group.WORLD
+    x = {name: value[: 4 + 2 * rank].contiguous() for name, value in batches.whole().items()}
+    stats = vk.token_stats(x["logits"], x["ids"], x["mask"])
+    whole, split = vk.Segments.padded(x["mask"]), vk.Segments.padded(x["mask"], sequence_group=world)
+    shard = vk.VocabularyShard.even(world, batches.V)
+
+    def loss(segments: vk.Segments, **data: vk.Ranks) -> object:
+        return vk.vcpo_loss(stats, x["mu"], x["rewards"], 2, segments, **data)
+
+    calls = {
+        "sequences over data ranks": lambda: loss(whole, ranks=vk.Ranks(data=world)),
+        "sequences over sequence ranks": lambda: loss(split),
+        "tokens over vocabulary ranks": lambda: vk.token_stats(x["logits"], x["ids"], x["mask"], vocabulary=shard),
+        "another call": lambda: loss(split) if rank else loss(whole, ranks=vk.Ranks(data=world)),
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = "nothing was raised"
+        except RuntimeError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_calls_that_differ_are_errors_on_every_rank_that_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With TORCH_DISTRIBUTED_DEBUG=DETAIL, as the message of a failed call advises."""
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+    for rank, found in enumerate(ranks.run(calls_that_differ, 2, barrier=False)):
+        for name, message in found.items():
+            assert message.startswith("vcpo_kernels: the all-"), (rank, name, message)
+            assert "mismatch between collectives" in message, (rank, name, message)

@@ -99,7 +99,8 @@ def rules_of(check: Check, model: nn.Module) -> list[tuple[nn.Module, str, Rule,
     if problems:
         raise check.value_error(
             "no exact per-sequence gradients for these modules:\n" + "\n".join(problems) + "\n"
-            "Freeze their parameters (requires_grad_(False)), or use OPOBAccumulator, which takes any model."
+            "Freeze their parameters (requires_grad_(False)), or, where they are whole, use OPOBAccumulator, which takes any "
+            "model."
         )
     if not found:
         raise check.value_error(f"{type(model).__name__} has no parameter that requires a gradient.")

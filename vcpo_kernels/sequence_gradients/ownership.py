@@ -157,7 +157,8 @@ class Probe:
             f"per_sequence[{sequence}] alone (off by {error:.1%}). Either per_sequence[i] depends on other sequences' tokens "
             "(a mean over the batch, a token predicted across a boundary of packed sequences), or the model reorders or mixes "
             "rows inside: time-major or sorted activations, batch statistics, attention from one sequence to another. Keep "
-            "them in the batch's order and apart, or use OPOBAccumulator, one sequence at a time." + lost
+            "them in the batch's order and apart, or, where parameters are whole, use OPOBAccumulator, one sequence at a time."
+            + lost
         )
 
     def verdict(self) -> list[tuple[str, int, float]]:

@@ -135,7 +135,7 @@ class RowOwners:
         raise RuntimeError(
             f"SequenceGradients: the output of {site} has leading dimensions {lead}, but the segments have {wanted}: "
             "which row is whose sequence's cannot be told. Pass the Segments of the batch that the model was called with; "
-            "where the module shares rows between sequences (or reorders them), use OPOBAccumulator."
+            "where the module shares rows between sequences (or reorders them) and parameters are whole, use OPOBAccumulator."
         )
 
     def check_unassigned(self, site: str, rows: Tensor) -> None:
@@ -144,6 +144,6 @@ class RowOwners:
             raise RuntimeError(
                 f"SequenceGradients: at {site}, tokens that belong to no sequence take a gradient (segment id -1, or "
                 "past the end of cu_seqlens). What several sequences share, such as a common prefix, has one gradient that is "
-                "the sum of all theirs, which cannot be told apart. Give every sequence its own copy of the prefix, or use "
-                "OPOBAccumulator."
+                "the sum of all theirs, which cannot be told apart. Give every sequence its own copy of the prefix, or, where "
+                "parameters are whole, use OPOBAccumulator."
             )
