@@ -34,7 +34,7 @@ LIMITED = {
 }  # fmt: skip
 TRAINING: dict[str, Any] = {
     "torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default",
-    "neftune_noise_alpha": 5.0, "deepspeed": "zero2.json", "label_smoothing_factor": 0.1,
+    "neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1,
     "optim": "lomo",
 }  # fmt: skip
 

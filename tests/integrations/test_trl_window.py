@@ -86,10 +86,19 @@ def test_a_reference_far_off_stays_in_range() -> None:
         assert share.value.isfinite()
 
 
+def zero(stage: int) -> dict[str, Any]:
+    plugin = SimpleNamespace(zero_stage=stage)
+    return {
+        "is_deepspeed_enabled": True,
+        "accelerator": SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)),
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"is_deepspeed_enabled": True}, "DeepSpeed is not supported.*DistributedDataParallel"),
+        (zero(3), "ZeRO-3 is not supported.*ZeRO-2, or FSDP2"),
+        (zero(2) | {"args": SimpleNamespace(score_norm="exact")}, "'exact' does not work with DeepSpeed's ZeRO.*FSDP2"),
         ({"is_fsdp_enabled": True}, "FSDP is not supported.*DistributedDataParallel"),
         ({"_is_vlm": True}, "vision-language models are not supported"),
     ],

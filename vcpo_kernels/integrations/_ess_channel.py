@@ -16,6 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from vcpo_kernels.integrations._given_advantages import WeightedAdvantages
+from vcpo_kernels.parallel.ranks import world
 from vcpo_kernels.step_size import EssLearningRate
 
 
@@ -116,9 +117,7 @@ def attach(
     True
     >>> _ess_channel.detach(rate)
     """
-    if process_group is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        process_group = torch.distributed.group.WORLD
-    rate = EssLearningRate(optimizer, rule, reference, process_group)
+    rate = EssLearningRate(optimizer, rule, reference, world() if process_group is None else process_group)
     _PROCESS.rates.append(rate)
     return rate
 

@@ -109,6 +109,11 @@ def check_ranks(check: Check, ranks: object) -> None:
         raise check.type_error(f"ranks must be a Ranks, got {checks.describe(ranks)}. Make one: Ranks.of(mesh).")
 
 
+def world() -> Any:
+    """The group of all processes; None where a process is by itself."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
 def size_of(group: Any) -> int:
     """Ranks in a group; 1 for None."""
     return 1 if group is None else dist.get_world_size(group)

@@ -47,7 +47,7 @@ _LOSS_TYPES = "Say how tokens are weighed with loss_type='dapo', 'grpo' or 'dr_g
 
 _SAMPLING = {name: (OFF[name], REASON) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
 
-_DEEPSPEED = "Its engine steps inside backward, before the step's rate is known. Use DistributedDataParallel."
+_DEEPSPEED = "TRL's asynchronous trainer has not been tried with it. Use DistributedDataParallel."
 
 GRPO = Options(
     honoured=frozenset({
@@ -101,7 +101,6 @@ GRPO = Options(
         "torch_compile_backend": _COMPILED,
         "torch_compile_mode": _COMPILED,
         "neftune_noise_alpha": "The two passes of a window would see different noise.",
-        "deepspeed": _DEEPSPEED,
         "label_smoothing_factor": "There are no labels to smooth.",
     },
     whole_vocabulary=True,

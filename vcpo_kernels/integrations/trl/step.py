@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 import vcpo_kernels as vk
 from vcpo_kernels.integrations.trl.config import NO_RULE
+from vcpo_kernels.parallel.ranks import world
 
 
 class EssStep(TrainerCallback):
@@ -45,9 +45,7 @@ class EssStep(TrainerCallback):
         optimizer = self._trainer.optimizer
         while hasattr(optimizer, "optimizer"):  # Accelerate's wrapper has no step hooks
             optimizer = optimizer.optimizer
-        distributed = self._across_ranks and torch.distributed.is_initialized()
-        group = torch.distributed.group.WORLD if distributed else None
-        self._rate = vk.EssLearningRate(optimizer, self._rule, self._reference, group)
+        self._rate = vk.EssLearningRate(optimizer, self._rule, self._reference, world() if self._across_ranks else None)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._rate is None or self._rate.scale is None:

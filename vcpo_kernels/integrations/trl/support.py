@@ -20,10 +20,7 @@ def check_support(trainer: Any) -> None:
     """Raise ValueError for a launcher, model or adapter that VCPOTrainer does not support."""
     check = Check(type(trainer).__name__)
     if trainer.is_deepspeed_enabled:
-        raise check.value_error(
-            "DeepSpeed is not supported: its engine steps inside backward, before the window's rate is known. "
-            "Launch with DistributedDataParallel (torchrun, or accelerate without a DeepSpeed plugin)."
-        )
+        _check_deepspeed(check, trainer.accelerator.state.deepspeed_plugin.zero_stage, trainer.args.score_norm)
     if trainer.is_fsdp_enabled and not getattr(getattr(trainer, "accelerator", None), "is_fsdp2", False):
         raise check.value_error(
             "FSDP is not supported in its version 1, whose flat parameters have no head to call. Set "
@@ -38,6 +35,19 @@ def check_support(trainer: Any) -> None:
             raise check.value_error(
                 f"score_norm='exact' does not work with this model. Set score_norm='logit'. {error}"
             ) from error
+
+
+def _check_deepspeed(check: Check, stage: int, score_norm: str) -> None:
+    if stage > 2:
+        raise check.value_error(
+            "DeepSpeed's ZeRO-3 is not supported: its parameters are whole in calls of its engine alone, which the window's "
+            "statistics are not. Use ZeRO-1 or ZeRO-2, or FSDP2 (fsdp_config={'version': 2}), which shards as much."
+        )
+    if stage and score_norm == "exact":
+        raise check.value_error(
+            "score_norm='exact' does not work with DeepSpeed's ZeRO, whose hooks wait for a gradient of each parameter that no "
+            "backward forms there. Set score_norm='logit', or use FSDP2 (fsdp_config={'version': 2})."
+        )
 
 
 @contextlib.contextmanager

@@ -42,6 +42,8 @@ from vcpo_kernels.integrations.trl.window import (
     split_rows,
     window_of,
 )
+from vcpo_kernels.parallel.collectives import gathered_rows
+from vcpo_kernels.parallel.ranks import world
 from vcpo_kernels.sequences.behavior import warn_of_means
 
 PAPER = {
@@ -199,9 +201,10 @@ class VCPOTrainer(GRPOTrainer):
             sequence_columns(stats, norms, batch["vcpo_rewards"], batch["vcpo_groups"], config)
             for (stats, norms), batch in zip(passes, batches, strict=True)
         ])  # fmt: skip
-        window = window_of(self.accelerator.gather(columns), config)
+        every = gathered_rows(columns, world())
+        window = window_of(every.rows, config)
         processes = self.accelerator.num_processes
-        ready, start = [], self.accelerator.process_index * len(columns)
+        ready, start = [], every.mine.start
         for (stats, _), batch in zip(passes, batches, strict=True):
             rows = slice(start, start + len(stats.mask))
             start = rows.stop
