@@ -32,8 +32,8 @@ def aggregation_scale(
 def step_scale(
     aggregation: str,
     lengths: Tensor,
-    num_sequences: float | None,
-    num_tokens: float | None,
+    num_sequences: float | Tensor | None,
+    num_tokens: float | Tensor | None,
     max_tokens: float | None,
 ) -> Tensor:
     """`aggregation_scale` with the step's counts as given, or where None counted in lengths [B] float64."""

@@ -43,8 +43,8 @@ class Switches(NamedTuple):
     normalize_std: bool
     max_weight: float | None
     ess_max_weight: float | None
-    num_sequences: float | None
-    num_tokens: float | None
+    num_sequences: float | Tensor | None
+    num_tokens: float | Tensor | None
     max_tokens: float | None
 
 

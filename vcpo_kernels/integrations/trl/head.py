@@ -97,10 +97,10 @@ def _answer(
     stats = out.token_stats(labels, scored, temperature)
     if c is None or h is None:
         return VCPOHeadOutput(None, stats.logp, stats.entropy, stats.score_sqnorm, aux)
-    loss = _weighted(c, stats.logp) + _weighted(h, stats.entropy)
+    loss = weighted(c, stats.logp) + weighted(h, stats.entropy)
     return VCPOHeadOutput(loss, stats.logp.detach(), stats.entropy.detach(), stats.score_sqnorm, aux)
 
 
-def _weighted(coefficients: Tensor, values: Tensor) -> Tensor:
+def weighted(coefficients: Tensor, values: Tensor) -> Tensor:
     """sum c v, where a coefficient of 0 never meets the NaN of a dropped sequence."""
     return torch.where(coefficients != 0, coefficients * values, 0.0).sum()

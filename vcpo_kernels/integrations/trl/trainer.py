@@ -1,10 +1,11 @@
 """VCPOTrainer: TRL's GRPOTrainer with VCPO's weights, baselines and step.
 
-What is TRL's stays TRL's: generation, rewards, reference model, logging, checkpoints. What differs is where an optimizer
-step's inputs are prepared: the whole accumulation window at once, before its first backward, when the parameters are those
-that all its micro-batches will see. One pass without gradients takes the window's statistics, which are gathered over the
-processes; what remains for each micro-batch is one known coefficient per token (`window.py`), and the head takes its gradient
-in the same pass (`head.py`).
+What is TRL's stays TRL's: generation, rewards, reference model, logging, checkpoints. What differs is an optimizer step's
+window, all its micro-batches: the parameters do not change within it. Where micro-batches hold whole groups (`way.py`), each is
+read once: its forward takes the statistics, from which its coefficients come (`window.py`), and is the one that is
+differentiated. Where they do not, a pass without gradients takes the statistics of the whole window, before its first
+backward; what then remains for each micro-batch is one known coefficient per token, and the head takes its gradient in the
+same pass (`head.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from trl.models.utils import disable_gradient_checkpointing
 import vcpo_kernels as vk
 from vcpo_kernels.core import checks
 from vcpo_kernels.integrations.trl.config import VCPOTrainingConfig
-from vcpo_kernels.integrations.trl.head import attach_head
+from vcpo_kernels.integrations.trl.head import attach_head, weighted
 from vcpo_kernels.integrations.trl.step import EssStep
 from vcpo_kernels.integrations.trl.support import (
     adapted_heads_allowed,
@@ -32,7 +33,9 @@ from vcpo_kernels.integrations.trl.support import (
     warn_of_dropout,
     watch_idleness,
 )
+from vcpo_kernels.integrations.trl.way import OpenWindow, say, way_of
 from vcpo_kernels.integrations.trl.window import (
+    Counts,
     TokenStatistics,
     Window,
     WindowConfig,
@@ -121,7 +124,10 @@ class VCPOTrainer(GRPOTrainer):
         self._ess_step = EssStep(self, args.ess_rule, args.ess_reference)
         self._idle = idle_watch(self)
         self.add_callback(self._ess_step)
+        self._way = way_of(args, self.accelerator.num_processes, self.num_generations)
+        say(self._way, self.accelerator.is_main_process)
         self._raw_window: list[Any] = []
+        self._open: OpenWindow | None = None
         self._ready: deque[dict[str, Any]] = deque()
         self._rows_seen = 0  # sequences generated so far, all processes: rows and groups are numbered by it
         self._groups_seen = 0
@@ -180,7 +186,11 @@ class VCPOTrainer(GRPOTrainer):
         if not self._ready:
             self._ess_step.reset()  # a step that a GradScaler skipped left its observation
             batches = [self._micro_batch(self._step + i, raw) for i, raw in enumerate(self._raw_window)]
-            self._ready.extend(self._with_coefficients(batches, "train"))
+            if self._way.one_pass:
+                self._open = OpenWindow(batches, Counts.of([_trained_mask(b) for b in batches], world()))
+                self._ready.extend(batches)
+            else:
+                self._ready.extend(self._with_coefficients(batches, "train"))
         return self._ready.popleft()
 
     def _micro_batch(self, step: int, generation_batch: Any) -> dict[str, Any]:
@@ -191,6 +201,8 @@ class VCPOTrainer(GRPOTrainer):
             self._buffered_inputs = split_rows(batch, self.args.steps_per_generation)
         micro_batch: dict[str, Any] = self._buffered_inputs[step % self.args.steps_per_generation]
         return micro_batch
+
+    # --- two passes ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _with_coefficients(self, batches: list[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
@@ -214,21 +226,13 @@ class VCPOTrainer(GRPOTrainer):
             if share.entropy_coefficients is not None:
                 batch["vcpo_h"] = share.entropy_coefficients * processes
             ready.append(batch)
-        metrics = window.metrics()
-        if mode == "train":
-            self._ess_step.observe(window.ess)
-            if self.accelerator.is_main_process:
-                watch_idleness(self._idle, metrics, batches)
-                means = (metrics["log_ratio_abs_mean"], metrics["log_ratio_negative_fraction"])
-                warn_of_means(type(self).__name__, window.num_tokens, *means)
-        self._log_window(window, metrics, batches, mode)
+        self._close(window, batches, mode)
         return ready
 
     def _statistics(self, batch: dict[str, Any]) -> tuple[TokenStatistics, Tensor]:
         """Token statistics of a micro-batch under the current parameters, and its squared score norms [B]."""
         # Not the wrapped model: DistributedDataParallel has nothing to do in a pass that leaves no gradient.
         model = self.accelerator.unwrap_model(self.model)
-        tokens = batch["completion_ids"].shape[1]
         mask = _trained_mask(batch)
         if self.args.score_norm == "exact":
             out, norms = self._exact_norms(model, batch, mask)
@@ -236,13 +240,20 @@ class VCPOTrainer(GRPOTrainer):
             checkpointing = self.args.gradient_checkpointing_kwargs  # without a gradient there is nothing to recompute
             with self.compute_loss_context_manager(), disable_gradient_checkpointing(self.model, checkpointing):
                 out = model(**self._model_inputs(batch))
-            norms = vk.Segments.padded(mask).sum(out.score_sqnorm[:, -tokens:])
+            norms = self._logit_norms(out, mask)
+        return self._token_statistics(out, batch, mask), norms
+
+    def _token_statistics(self, out: Any, batch: dict[str, Any], mask: Tensor) -> TokenStatistics:
+        tokens = mask.shape[1]
         logp, entropy = out.log_probs[:, -tokens:].detach(), out.entropy[:, -tokens:].detach()
         correct_sampler = not self.use_vllm or self.vllm_importance_sampling_correction
         mu = behavior_logp(
             logp, batch.get("sampling_per_token_logps"), batch.get("old_per_token_logps"), correct_sampler
         )
-        return TokenStatistics(mask, logp, entropy, mu, batch.get("ref_per_token_logps")), norms
+        return TokenStatistics(mask, logp, entropy, mu, batch.get("ref_per_token_logps"))
+
+    def _logit_norms(self, out: Any, mask: Tensor) -> Tensor:
+        return vk.Segments.padded(mask).sum(out.score_sqnorm[:, -mask.shape[1] :])
 
     @torch.enable_grad()
     def _exact_norms(self, model: nn.Module, batch: dict[str, Any], mask: Tensor) -> tuple[Any, Tensor]:
@@ -265,11 +276,7 @@ class VCPOTrainer(GRPOTrainer):
     # --- the loss ------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        weights = {"coefficients": _over_prompt(inputs, inputs["vcpo_c"])}
-        if "vcpo_h" in inputs:
-            weights["entropy_coefficients"] = _over_prompt(inputs, inputs["vcpo_h"])
-        out = model(**self._model_inputs(inputs), **weights)
-        loss: Tensor = out.loss - out.loss.detach() + inputs["vcpo_value"]
+        loss, out = self._known_loss(model, inputs) if "vcpo_c" in inputs else self._one_pass_loss(model, inputs)
         if self.aux_loss_enabled:
             accumulated = self.current_gradient_accumulation_steps if self.model.training else 1
             loss = loss + self.router_aux_loss_coef * out.aux_loss / accumulated
@@ -278,7 +285,52 @@ class VCPOTrainer(GRPOTrainer):
             self._metrics[mode]["aux_loss"].append(aux.item())
         return loss
 
+    def _one_pass_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        """Of a micro-batch whose groups are whole. The window's last one closes it: its backward is still to come."""
+        opened, config, mask = self._open, self._window_config, _trained_mask(batch)
+        assert opened is not None
+        out = model(**self._model_inputs(batch))
+        stats = self._token_statistics(out, batch, mask)
+        columns = sequence_columns(
+            stats, self._logit_norms(out, mask), batch["vcpo_rewards"], batch["vcpo_groups"], config
+        )
+        every = gathered_rows(columns, world() if self._way.across else None)
+        share = micro_batch_loss(
+            stats, window_of(every.rows, config, opened.counts), every.mine, config, self.entropy_coef
+        )
+        opened.columns.append(every.rows)
+        if opened.complete:
+            rows = torch.cat(opened.columns)
+            whole = rows if self._way.across else gathered_rows(rows, world()).rows
+            self._close(window_of(whole, config), opened.batches, "train")
+            self._open = None
+        tokens = mask.shape[1]
+        loss = weighted(share.coefficients, out.log_probs[:, -tokens:])
+        if share.entropy_coefficients is not None:
+            loss = loss + weighted(share.entropy_coefficients, out.entropy[:, -tokens:])
+        # Gradients, and the logged loss, are averaged over processes; the window's are sums.
+        return (loss - loss.detach() + share.value) * self.accelerator.num_processes, out
+
+    def _known_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
+        weights = {"coefficients": _over_prompt(inputs, inputs["vcpo_c"])}
+        if "vcpo_h" in inputs:
+            weights["entropy_coefficients"] = _over_prompt(inputs, inputs["vcpo_h"])
+        out = model(**self._model_inputs(inputs), **weights)
+        return out.loss - out.loss.detach() + inputs["vcpo_value"], out
+
     # --- what is logged ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _close(self, window: Window, batches: list[dict[str, Any]], mode: str) -> None:
+        """A whole window: its ESS for the step, its metrics for the log."""
+        metrics = window.metrics()
+        if mode == "train":
+            self._ess_step.observe(window.ess)
+            if self.accelerator.is_main_process:
+                watch_idleness(self._idle, metrics, batches)
+                means = (metrics["log_ratio_abs_mean"], metrics["log_ratio_negative_fraction"])
+                warn_of_means(type(self).__name__, metrics["num_tokens"], *means)
+        self._log_window(window, metrics, batches, mode)
 
     def _log_window(
         self, window: Window, of_window: dict[str, float], batches: list[dict[str, Any]], mode: str

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import vcpo_kernels as vk
-from vcpo_kernels.sequences.aggregation import step_scale
+from vcpo_kernels.parallel.collectives import summed
+from vcpo_kernels.sequences.aggregation import aggregation_scale
 from vcpo_kernels.sequences.ess import EffectiveSampleSize
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT, usable_below
 from vcpo_kernels.sequences.sequence_results import SequenceSums, Switches, sequence_results
@@ -61,17 +62,32 @@ class WindowConfig:
         return UNTRUNCATED_LIMIT if self.max_weight is None else math.log(self.max_weight)
 
 
+class Counts(NamedTuple):
+    """Of a whole window on all ranks, 0-d float64: sequences with tokens, and their tokens."""
+
+    sequences: Tensor
+    tokens: Tensor
+
+    @staticmethod
+    def of(masks: list[Tensor], group: Any) -> Counts:
+        """From the masks [B, T] of this rank's micro-batches: known before the model has seen them. One collective."""
+        lengths = torch.cat([mask.sum(1) for mask in masks])
+        own = torch.stack([(lengths > 0).sum(), lengths.sum()]).double()
+        return Counts(*summed(own, group).unbind())
+
+
 @dataclass(frozen=True)
 class Window:
-    """Results of a window over all ranks.
+    """Results of a window over all ranks, or of some of its micro-batches.
 
     sequences: results per sequence of all ranks, [W K]. scale: k_i [W K] float64, 0 for sequences out of the loss.
-    columns: what was gathered, [W K, len(COLUMNS)] float64.
+    columns: what was gathered, [W K, len(COLUMNS)] float64. counts: of the whole window.
     """
 
     sequences: SequenceResults
     scale: Tensor
     columns: Tensor
+    counts: Counts
 
     @property
     def ess(self) -> EffectiveSampleSize:
@@ -86,11 +102,6 @@ class Window:
         baseline = torch.where(found, b, 0.0).sum() / found.sum().clamp(min=1)
         values = torch.cat([self.sequences.metrics.double(), baseline[None]]).tolist()
         return dict(zip((*METRICS, "baseline_mean"), values, strict=True))
-
-    @property
-    def num_tokens(self) -> float:
-        """Of all ranks."""
-        return float(self.column("lengths").sum())
 
     def column(self, name: str) -> Tensor:
         """One of COLUMNS, [W K]."""
@@ -137,20 +148,24 @@ def sequence_columns(
     return torch.stack([c.double() for c in columns], 1)
 
 
-def window_of(columns: Tensor, config: WindowConfig) -> Window:
-    """Coefficients, baselines and ESS of the sequences of all ranks, from their columns [W K, len(COLUMNS)] float64."""
+def window_of(columns: Tensor, config: WindowConfig, counts: Counts | None = None) -> Window:
+    """Coefficients, baselines and ESS of the sequences of all ranks, from their columns [W K, len(COLUMNS)] float64.
+
+    counts: of the whole window, where columns are of a part of it that has whole groups.
+    """
     count = len(SequenceSums._fields)
     sums, (rewards, group) = SequenceSums(*columns[:, :count].unbind(1)), columns[:, count : count + 2].unbind(1)
     ids = torch.unique(group, return_inverse=True)[1]
+    counts = counts or Counts((sums.lengths > 0).sum().double(), sums.lengths.sum())
     switches = Switches(
         config.baseline_weighting, config.aggregation, config.normalize_std, config.max_weight, config.ess_max_weight,
-        None, None, config.max_tokens,
+        *counts, config.max_tokens,
     )  # fmt: skip
     results = sequence_results(sums, rewards, ids, len(columns), switches, torch.float32)
     valid = sums.lengths > 0
     takes_part = valid & (sums.log_weights < usable_below(config.max_weight)) & rewards.isfinite()
-    k = step_scale(config.aggregation, sums.lengths, None, None, config.max_tokens)
-    return Window(results, torch.where(takes_part, k, 0.0), columns)
+    k = aggregation_scale(config.aggregation, sums.lengths, *counts, config.max_tokens)
+    return Window(results, torch.where(takes_part, k, 0.0), columns, counts)
 
 
 @dataclass(frozen=True)
@@ -181,8 +196,7 @@ def micro_batch_loss(
         c = c + _product(token_k, slope)
         value = value + _product(token_k, penalty).double().sum()
     if entropy_coef:
-        tokens = window.column("lengths").sum().clamp(min=1)
-        h = segments.spread(torch.where(k > 0, -entropy_coef / tokens, 0.0).float())
+        h = segments.spread(torch.where(k > 0, -entropy_coef / window.counts.tokens.clamp(min=1), 0.0).float())
         value = value + _product(h, stats.entropy).double().sum()
     return MicroBatchLoss(c, h, value.float())
 

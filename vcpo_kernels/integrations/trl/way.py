@@ -1,0 +1,67 @@
+"""Whether an optimizer step's micro-batches are read once or twice.
+
+A baseline is of whole groups. Where a group's completions all lie in one micro-batch (on one process, or on those that run it
+at the same time), the forward that takes their statistics is the one that is differentiated. Where a group is split over the
+micro-batches of a window, a pass without gradients takes the statistics of all of them first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import logging
+
+from vcpo_kernels.integrations.trl.window import Counts
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Way:
+    """one_pass: statistics and gradients from one forward. across: groups are whole over all processes' micro-batches
+    together, and not on each. why: in words, for the log.
+    """
+
+    one_pass: bool
+    across: bool
+    why: str
+
+
+def way_of(args: Any, processes: int, group: int) -> Way:
+    """group: completions of a prompt. A generation is consecutive groups; a process holds consecutive rows of it, and a
+    micro-batch consecutive rows of those.
+    """
+    rows, rounds = args.per_device_train_batch_size, args.steps_per_generation
+    if args.score_norm == "exact":
+        return Way(False, False, "exact norms are taken before the coefficients that they enter")
+    if rows % group == 0:
+        return Way(True, False, f"micro-batches of {rows} hold whole groups of {group}")
+    if rounds == 1 and rows * processes % group == 0:
+        return Way(True, True, f"the micro-batches of {processes} processes together hold whole groups of {group}")
+    return Way(
+        False, False,
+        f"groups of {group} are split over micro-batches of {rows}. per_device_train_batch_size as a multiple of {group} "
+        "would save a forward pass",
+    )  # fmt: skip
+
+
+def say(way: Way, main_process: bool) -> None:
+    """Once, where it costs something that a setting would save."""
+    if main_process:
+        told = logger.info if way.one_pass else logger.warning
+        told(f"VCPOTrainer: {'one pass' if way.one_pass else 'two passes'} over each micro-batch: {way.why}.")
+
+
+@dataclass
+class OpenWindow:
+    """A window in one pass: its micro-batches, its counts, and the columns of those that the model has seen."""
+
+    batches: list[dict[str, Any]]
+    counts: Counts
+    columns: list[Tensor] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.columns) == len(self.batches)
