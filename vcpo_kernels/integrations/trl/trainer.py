@@ -36,6 +36,7 @@ from vcpo_kernels.integrations.trl.support import (
 from vcpo_kernels.integrations.trl.way import OpenWindow, say, way_of
 from vcpo_kernels.integrations.trl.window import (
     Counts,
+    MicroBatchLoss,
     TokenStatistics,
     Window,
     WindowConfig,
@@ -124,7 +125,7 @@ class VCPOTrainer(GRPOTrainer):
         self._ess_step = EssStep(self, args.ess_rule, args.ess_reference)
         self._idle = idle_watch(self)
         self.add_callback(self._ess_step)
-        self._way = way_of(args, self.accelerator.num_processes, self.num_generations)
+        self._way = way_of(self)
         say(self._way, self.accelerator.is_main_process)
         self._raw_window: list[Any] = []
         self._open: OpenWindow | None = None
@@ -235,7 +236,8 @@ class VCPOTrainer(GRPOTrainer):
         model = self.accelerator.unwrap_model(self.model)
         mask = _trained_mask(batch)
         if self.args.score_norm == "exact":
-            out, norms = self._exact_norms(model, batch, mask)
+            with vk.SequenceGradients(model) as gradients:
+                out, norms = self._exact_norms(gradients, model, batch, mask)
         else:
             checkpointing = self.args.gradient_checkpointing_kwargs  # without a gradient there is nothing to recompute
             with self.compute_loss_context_manager(), disable_gradient_checkpointing(self.model, checkpointing):
@@ -256,13 +258,14 @@ class VCPOTrainer(GRPOTrainer):
         return vk.Segments.padded(mask).sum(out.score_sqnorm[:, -mask.shape[1] :])
 
     @torch.enable_grad()
-    def _exact_norms(self, model: nn.Module, batch: dict[str, Any], mask: Tensor) -> tuple[Any, Tensor]:
-        with vk.SequenceGradients(model) as gradients:
-            with self.compute_loss_context_manager():
-                out = model(**self._model_inputs(batch))
-            segments = vk.Segments.padded(_over_prompt(batch, mask))
-            gradients.backward(segments.sum(out.log_probs), segments)
-            return out, gradients.squared_norms()
+    def _exact_norms(
+        self, gradients: vk.SequenceGradients, model: nn.Module, batch: dict[str, Any], mask: Tensor
+    ) -> tuple[Any, Tensor]:
+        with self.compute_loss_context_manager():
+            out = model(**self._model_inputs(batch))
+        segments = vk.Segments.padded(_over_prompt(batch, mask))
+        gradients.backward(segments.sum(out.log_probs), segments)
+        return out, gradients.squared_norms()
 
     def _model_inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the model, as TRL forms them; completions are what is scored."""
@@ -286,30 +289,46 @@ class VCPOTrainer(GRPOTrainer):
         return loss
 
     def _one_pass_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
-        """Of a micro-batch whose groups are whole. The window's last one closes it: its backward is still to come."""
-        opened, config, mask = self._open, self._window_config, _trained_mask(batch)
-        assert opened is not None
+        """Of a micro-batch whose groups are whole."""
+        if self.args.score_norm == "exact":
+            return self._one_exact_pass(model, batch)
+        mask = _trained_mask(batch)
         out = model(**self._model_inputs(batch))
-        stats = self._token_statistics(out, batch, mask)
-        columns = sequence_columns(
-            stats, self._logit_norms(out, mask), batch["vcpo_rewards"], batch["vcpo_groups"], config
-        )
-        every = gathered_rows(columns, world() if self._way.across else None)
-        share = micro_batch_loss(
-            stats, window_of(every.rows, config, opened.counts), every.mine, config, self.entropy_coef
-        )
-        opened.columns.append(every.rows)
-        if opened.complete:
-            rows = torch.cat(opened.columns)
-            whole = rows if self._way.across else gathered_rows(rows, world()).rows
-            self._close(window_of(whole, config), opened.batches, "train")
-            self._open = None
+        share, _ = self._share(batch, self._token_statistics(out, batch, mask), self._logit_norms(out, mask))
         tokens = mask.shape[1]
         loss = weighted(share.coefficients, out.log_probs[:, -tokens:])
         if share.entropy_coefficients is not None:
             loss = loss + weighted(share.entropy_coefficients, out.entropy[:, -tokens:])
         # Gradients, and the logged loss, are averaged over processes; the window's are sums.
         return (loss - loss.detach() + share.value) * self.accelerator.num_processes, out
+
+    def _one_exact_pass(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        """As `_one_pass_loss`, with the parameters' gradients formed here, from what the norms are made of."""
+        mask, processes = _trained_mask(batch), self.accelerator.num_processes
+        with vk.SequenceGradients(model) as gradients:
+            out, norms = self._exact_norms(gradients, model, batch, mask)
+            share, sequences = self._share(batch, self._token_statistics(out, batch, mask), norms)
+            gradients.accumulate_(sequences * processes)
+        # The Trainer's backward has nothing left to do.
+        return share.value * processes + torch.zeros_like(share.value, requires_grad=True), out
+
+    def _share(self, batch: dict[str, Any], stats: TokenStatistics, norms: Tensor) -> tuple[MicroBatchLoss, Tensor]:
+        """A micro-batch's share of its window's loss, and the coefficients of its sequences [B]. The last one closes the
+        window: its backward is still to come.
+        """
+        opened, config = self._open, self._window_config
+        assert opened is not None
+        columns = sequence_columns(stats, norms, batch["vcpo_rewards"], batch["vcpo_groups"], config)
+        every = gathered_rows(columns, world() if self._way.across else None)
+        window = window_of(every.rows, config, opened.counts)
+        opened.columns.append(every.rows)
+        if opened.complete:
+            rows = torch.cat(opened.columns)
+            whole = rows if self._way.across else gathered_rows(rows, world()).rows
+            self._close(window_of(whole, config), opened.batches, "train")
+            self._open = None
+        share = micro_batch_loss(stats, window, every.mine, config, self.entropy_coef)
+        return share, window.sequences.coefficients[every.mine]
 
     def _known_loss(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Any]:
         weights = {"coefficients": _over_prompt(inputs, inputs["vcpo_c"])}

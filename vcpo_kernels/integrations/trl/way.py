@@ -29,22 +29,33 @@ class Way:
     why: str
 
 
-def way_of(args: Any, processes: int, group: int) -> Way:
-    """group: completions of a prompt. A generation is consecutive groups; a process holds consecutive rows of it, and a
-    micro-batch consecutive rows of those.
-    """
-    rows, rounds = args.per_device_train_batch_size, args.steps_per_generation
-    if args.score_norm == "exact":
-        return Way(False, False, "exact norms are taken before the coefficients that they enter")
+def way_of(trainer: Any) -> Way:
+    """A generation is consecutive groups; a process holds consecutive rows of it, a micro-batch consecutive rows of those."""
+    args, processes, group = trainer.args, trainer.accelerator.num_processes, trainer.num_generations
+    rows = args.per_device_train_batch_size
+    if args.score_norm == "exact" and (why := _beside_exact_norms(trainer)):
+        return Way(False, False, f"score_norm='exact' forms gradients of whole sequences alone, and there is {why}")
     if rows % group == 0:
         return Way(True, False, f"micro-batches of {rows} hold whole groups of {group}")
-    if rounds == 1 and rows * processes % group == 0:
+    if args.steps_per_generation == 1:
         return Way(True, True, f"the micro-batches of {processes} processes together hold whole groups of {group}")
     return Way(
         False, False,
         f"groups of {group} are split over micro-batches of {rows}. per_device_train_batch_size as a multiple of {group} "
         "would save a forward pass",
     )  # fmt: skip
+
+
+def _beside_exact_norms(trainer: Any) -> str:
+    """What needs a backward of its own; empty: nothing."""
+    needs = {
+        "a KL penalty": trainer.beta != 0.0,
+        "an entropy bonus": trainer.entropy_coef != 0.0,
+        "a router loss": trainer.aux_loss_enabled,
+        "a GradScaler": trainer.accelerator.scaler is not None,
+        "DeepSpeed's engine": trainer.is_deepspeed_enabled,
+    }
+    return next((what for what, is_there in needs.items() if is_there), "")
 
 
 def say(way: Way, main_process: bool) -> None:
