@@ -49,6 +49,15 @@ SEQUENCE_GRADIENTS = (
     Column("peak_extra_mib", "beyond gradients, MiB", form=".0f"),
     Column("max_error", "error", form=".1e"),
 )
+STEPS = (
+    NAME,
+    Column("median_ms", "ms", form=".0f"),
+    Column("fastest_ms", "fastest", form=".0f"),
+    Column("slowest_ms", "slowest", form=".0f"),
+    Column("of_base", "times the base", form=".3f"),
+    Column("peak_extra_mib", "extra MiB", form=".0f"),
+    Column("of_base_memory", "times the base's", form=".2f"),
+)
 
 
 def table(rows: Sequence[Row], title: str, columns: Sequence[Column]) -> Table:

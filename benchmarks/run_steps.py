@@ -1,0 +1,68 @@
+"""One optimizer step of GRPOTrainer, VCPOTrainer and plain loops, generation excluded, interleaved.
+
+    python -m benchmarks.run_steps [--model llama-512]
+
+Trainers run their own loops, held before each step. Adds steps.jsonl and .csv to --out, by default runs/bench/<device>. Needs
+TRL, and for smollm2 the model (`make smollm2`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import Progress
+
+from benchmarks.cases.steps import COMPLETION_TOKENS, PROMPT_TOKENS, SEQUENCES, Work, small_llama, smollm2
+from benchmarks.comparisons.steps import measure
+from benchmarks.harness.clock import Rounds
+from benchmarks.harness.results import Row, write_files
+from benchmarks.options import Commit, Out, console, folder_of, versions
+from benchmarks.report.console import STEPS, table
+
+MODELS: dict[str, Callable[[], Work]] = {
+    "llama-512": partial(small_llama, 512),
+    "llama-8192": partial(small_llama, 8192),
+    "smollm2": smollm2,
+}
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"of {', '.join(MODELS)}; may be given more than once")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 7,
+    threads: Annotated[int, typer.Option(min=1, help="of torch's operations")] = torch.get_num_threads(),
+    out: Out = None,
+    commit: Commit = False,
+) -> None:
+    """Weigh, time and write the comparison."""
+    if unknown := [m for m in model or () if m not in MODELS]:
+        raise typer.BadParameter(f"--model must be of {', '.join(MODELS)}, got {unknown[0]!r}")
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")  # what trainers do on a GPU is measured there
+    folder = folder_of(out, commit, device)
+    clock = Rounds(device, repeats)
+    results: list[Row] = []
+    warnings.simplefilter("ignore")  # of trainers that are told to run for ever
+    with Progress(console=console, transient=True) as progress:
+        for name in model or MODELS:
+            rows, left_out = measure(MODELS[name](), clock, progress)
+            tokens = f"{SEQUENCES} sequences of {PROMPT_TOKENS} + {COMPLETION_TOKENS} tokens"
+            console.print(table(rows, f"{rows[0]['work']}, {tokens}, fp32, {threads} threads", STEPS))
+            for case, why in left_out.items():
+                console.print(f"left out: {case}: {why}")
+            results += [{**row, **versions()} for row in rows]
+    write_files(results, folder, "steps")
+    console.print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    app()
