@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from tests.integrations import trl_setup as setup
 from vcpo_kernels.integrations.trl import trainer as trainer_module

@@ -28,8 +28,8 @@ class VCPOTrainingConfig(GRPOConfig):
         (`vcpo_kernels.VCPOConfig`).
     aggregation: how tokens are weighed; None: as loss_type says ("dapo": "token-mean", "grpo": "seq-mean-token-mean",
         "dr_grpo": "seq-mean-token-sum-norm" with max_completion_length).
-    score_norm: the squared gradient norms in the baseline. "logit": the free proxy. "exact": `SequenceGradients`, for one
-        more backward of activation gradients per window.
+    score_norm: the squared gradient norms in the baseline. "logit": the free proxy. "exact": `SequenceGradients`, whose
+        norms come of the backward that gradients come of; beside a KL penalty or an entropy bonus, of one more.
     ess_rule, ess_reference: rate used = rate * min(1, rho / ess_reference)^(1/2) ("sqrt", the paper's) or the first power
         ("linear"), with rho = ESS / B of the window; "none" leaves the rate alone.
     ess_max_weight: truncation of the weights that ESS is taken of. None: unclipped.

@@ -115,7 +115,6 @@ class VCPOTrainer(GRPOTrainer):
         )
         check_support(self)
         check_adapted_head(self)
-        warn_of_dropout(self.model, args.disable_dropout)
         for policy in (self.model, self.ref_model):
             if policy is not None:
                 bare = self.accelerator.unwrap_model(policy)
@@ -127,6 +126,8 @@ class VCPOTrainer(GRPOTrainer):
         self.add_callback(self._ess_step)
         self._way = way_of(self)
         say(self._way, self.accelerator.is_main_process)
+        if not self._way.one_pass:
+            warn_of_dropout(self.model, args.disable_dropout)
         self._raw_window: list[Any] = []
         self._open: OpenWindow | None = None
         self._ready: deque[dict[str, Any]] = deque()
