@@ -147,9 +147,9 @@ def test_active_dropout_is_warned_of(tmp_path: Path) -> None:
     base.model.layers[0].add_module("dropout", torch.nn.Dropout(0.1))
     with pytest.warns(UserWarning, match=r"dropout is active.*disable_dropout=True"):
         setup.trainer(tmp_path, base=base, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as seen:
         setup.trainer(tmp_path, base=base)  # in one pass there is no other dropout
+    assert not any("dropout" in str(warning.message) for warning in seen)
 
 
 @pytest.mark.parametrize("installed", ["1.15.2", "1.17.0", "2.0.0.dev0", "0.29"])

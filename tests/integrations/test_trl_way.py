@@ -1,4 +1,4 @@
-"""One pass over a micro-batch gives the two passes' gradients, ESS and log, where it is taken; and it is taken where it can be."""
+"""One pass over a micro-batch gives the two passes' gradients, ESS and log; and it is taken where it can be."""
 
 from __future__ import annotations
 
