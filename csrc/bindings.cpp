@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -12,6 +13,7 @@
 #include "cpu/huge_pages.h"
 #include "cpu/isa.h"
 #include "row_ops.h"
+#include "sequence_ops.h"
 
 namespace py = pybind11;
 
@@ -130,6 +132,73 @@ void bind_row_ops(py::module_& m) {
       py::arg("statistics"), py::arg("place"));
 }
 
+Segments segments_of(std::uintptr_t mask, std::uintptr_t offsets, std::uintptr_t order, std::int64_t sequences,
+                     std::int64_t tokens) {
+  if (sequences < 0 || tokens < 0) throw std::invalid_argument("sizes must be >= 0");
+  return {pointer<const std::uint8_t>(mask), pointer<const std::int64_t>(offsets), pointer<const std::int64_t>(order),
+          sequences, tokens};
+}
+
+template <class T>
+void bind_sequence_ops(py::module_& m, const std::string& suffix) {
+  using In = SequenceInputs<T>;
+  using Out = SequenceOutputs<T>;
+  m.def(("segment_sum" + suffix).c_str(),
+        [](std::uintptr_t out, std::uintptr_t values, const Segments& segments, int threads) {
+          const py::gil_scoped_release release;
+          segment_sum(pointer<T>(out), pointer<const T>(values), segments, threads);
+        },
+        py::arg("out"), py::arg("values"), py::arg("segments"), py::arg("threads"));
+  m.def(("segment_spread" + suffix).c_str(),
+        [](std::uintptr_t out, std::uintptr_t per_sequence, const Segments& segments, int threads) {
+          const py::gil_scoped_release release;
+          segment_spread(pointer<T>(out), pointer<const T>(per_sequence), segments, threads);
+        },
+        py::arg("out"), py::arg("per_sequence"), py::arg("segments"), py::arg("threads"));
+  m.def(("vcpo_coefficients" + suffix).c_str(),
+        [](const std::array<std::uintptr_t, 6>& in, std::int64_t group_size, std::int64_t num_groups,
+           const std::array<std::uintptr_t, 7>& out, const Segments& segments, const Switches& switches, int threads) {
+          const py::gil_scoped_release release;
+          const In inputs{pointer<const T>(in[0]),
+                          pointer<const T>(in[1]),
+                          pointer<const T>(in[2]),
+                          pointer<const T>(in[3]),
+                          pointer<const T>(in[4]),
+                          pointer<const std::int64_t>(in[5]),
+                          group_size,
+                          num_groups};
+          const Out outputs{pointer<T>(out[0]), pointer<T>(out[1]), pointer<double>(out[2]), pointer<T>(out[3]),
+                            pointer<T>(out[4]), pointer<T>(out[5]), pointer<T>(out[6])};
+          vcpo_coefficients(inputs, outputs, segments, switches, threads);
+        },
+        py::arg("inputs"), py::arg("group_size"), py::arg("num_groups"), py::arg("outputs"), py::arg("segments"),
+        py::arg("switches"), py::arg("threads"));
+}
+
+void bind_sequences(py::module_& m) {
+  py::class_<Segments>(m, "Segments")
+      .def(py::init(&segments_of), py::arg("mask"), py::arg("offsets"), py::arg("order"), py::arg("sequences"),
+           py::arg("tokens"));
+  py::class_<Switches>(m, "Switches")
+      .def(py::init([](int weighting, int aggregation, bool normalize_std, bool skip_first, double max_weight,
+                       double ess_max_weight, double num_sequences, double num_tokens, double max_tokens) {
+             return Switches{static_cast<Weighting>(weighting),
+                             static_cast<Aggregation>(aggregation),
+                             normalize_std,
+                             skip_first,
+                             max_weight,
+                             ess_max_weight,
+                             num_sequences,
+                             num_tokens,
+                             max_tokens};
+           }),
+           py::arg("weighting"), py::arg("aggregation"), py::arg("normalize_std"), py::arg("skip_first"),
+           py::arg("max_weight"), py::arg("ess_max_weight"), py::arg("num_sequences"), py::arg("num_tokens"),
+           py::arg("max_tokens"));
+  bind_sequence_ops<float>(m, "_f32");
+  bind_sequence_ops<double>(m, "_f64");
+}
+
 void bind_cpu(py::module_& m) {
   m.def(
       "isa_available",
@@ -161,4 +230,5 @@ PYBIND11_MODULE(_native, m) {
   vcpo::bind_cpu(m);
   vcpo::bind_arguments(m);
   vcpo::bind_row_ops(m);
+  vcpo::bind_sequences(m);
 }

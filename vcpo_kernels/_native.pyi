@@ -55,3 +55,44 @@ def score_rows(
     statistics: Statistics,
     place: Place,
 ) -> None: ...
+
+class Segments:
+    def __init__(self, mask: int, offsets: int, order: int, sequences: int, tokens: int) -> None: ...
+
+class Switches:
+    def __init__(
+        self,
+        weighting: int,
+        aggregation: int,
+        normalize_std: bool,
+        skip_first: bool,
+        max_weight: float,
+        ess_max_weight: float,
+        num_sequences: float,
+        num_tokens: float,
+        max_tokens: float,
+    ) -> None: ...
+
+# Of float32 and of float64 arrays.
+def segment_sum_f32(out: int, values: int, segments: Segments, threads: int) -> None: ...
+def segment_sum_f64(out: int, values: int, segments: Segments, threads: int) -> None: ...
+def segment_spread_f32(out: int, per_sequence: int, segments: Segments, threads: int) -> None: ...
+def segment_spread_f64(out: int, per_sequence: int, segments: Segments, threads: int) -> None: ...
+def vcpo_coefficients_f32(
+    inputs: list[int],
+    group_size: int,
+    num_groups: int,
+    outputs: list[int],
+    segments: Segments,
+    switches: Switches,
+    threads: int,
+) -> None: ...
+def vcpo_coefficients_f64(
+    inputs: list[int],
+    group_size: int,
+    num_groups: int,
+    outputs: list[int],
+    segments: Segments,
+    switches: Switches,
+    threads: int,
+) -> None: ...

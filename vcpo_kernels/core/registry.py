@@ -11,8 +11,8 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 
@@ -29,13 +29,14 @@ GRADIENT_OPS = frozenset({"scale"})
 NORM_OPS = frozenset({"outer_sqnorm"})
 
 HALF_AND_SINGLE = frozenset({torch.bfloat16, torch.float16, torch.float32})
+SINGLE_AND_DOUBLE = frozenset({torch.float32, torch.float64})
 
 
 @dataclass(frozen=True)
 class Backend:
     """One implementation of some ops.
 
-    ops, devices, dtypes: what it serves (dtypes are those of the largest input). probe: None where it can run here, else
+    ops, devices, dtypes: what it serves (dtypes are those of the largest input; dtypes_of: of an op that differs). probe: None where it can run here, else
     the reason. relative_error: bound on its fp32 outputs against float64, as a factor of (1 + |value|); tests read it.
     min_capability: the oldest GPU that it runs on; None: any device's. package: where its modules are; None: under its name.
     """
@@ -48,6 +49,10 @@ class Backend:
     relative_error: float = 2e-6
     min_capability: tuple[int, int] | None = None
     package: str | None = None
+    dtypes_of: Mapping[str, frozenset[torch.dtype]] = field(default_factory=dict)
+
+    def takes(self, op: str, dtype: torch.dtype) -> bool:
+        return dtype in self.dtypes_of.get(op, self.dtypes)
 
 
 @cache
@@ -107,10 +112,11 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name="native",
-            ops=ROW_OPS | SHARD_OPS,
+            ops=ROW_OPS | SHARD_OPS | SEQUENCE_OPS,
             devices=frozenset({"cpu"}),
             dtypes=HALF_AND_SINGLE,
             probe=native_problem,
+            dtypes_of=dict.fromkeys(SEQUENCE_OPS, SINGLE_AND_DOUBLE),
         ),
         Backend(
             name="triton",
@@ -151,7 +157,7 @@ def objections(name: str, op: str, device: torch.device, dtype: torch.dtype) -> 
         elif not triton_interpreted():
             interpreter = "runs on cpu tensors only under its interpreter: set TRITON_INTERPRET=1 before the import"
             reasons.append(backend.probe() or interpreter)
-    if dtype not in backend.dtypes:
+    if not backend.takes(op, dtype):
         reasons.append(f"does not take {str(dtype).removeprefix('torch.')}")
     if not reasons and (problem := backend.probe()) is not None:
         reasons.append(problem)
@@ -182,7 +188,10 @@ def select(op: str, device: torch.device, dtype: torch.dtype, vocabulary: int = 
         candidates = ("cuda", *candidates)
     if _forced:
         forced = _forced[-1]
-        candidates = (forced,) if op in ROW_OPS | SHARD_OPS | BACKENDS[forced].ops else candidates
+        backend = BACKENDS[forced]
+        of_rows = op in ROW_OPS | SHARD_OPS
+        if of_rows or (op in backend.ops and (op not in backend.dtypes_of or backend.takes(op, dtype))):
+            candidates = (forced,)
     for name in candidates:
         if not objections(name, op, device, dtype):
             if name == "reference" and not _forced and op in ROW_OPS | SHARD_OPS and dtype != torch.float64:
@@ -220,7 +229,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Forward and backward each use the backend in force when they run, so keep `loss.backward()` inside to force both.
     What the backend cannot serve raises RuntimeError with every backend's reasons; only ops other than row ops that it
-    does not have at all ("native" and "cuda" have none) go to the default one. Not thread-safe: it is meant for tests and
+    does not have at all ("cuda" has none), or not in that dtype, go to the default one. Not thread-safe: it is meant for tests and
     comparisons.
 
     Raises ValueError for an unknown name.

@@ -43,6 +43,15 @@ def statistics_argument(statistics: RowStatistics) -> _native.Statistics:
 
 
 @contextlib.contextmanager
+def segments_argument(
+    mask: Tensor | None, offsets: Tensor, order: Tensor | None, num_tokens: int
+) -> Iterator[_native.Segments]:
+    """A Segments' tensors, which are kept for as long as the extension reads them."""
+    held = [t if t is None else t.contiguous() for t in (mask, offsets, order)]
+    yield _native.Segments(*map(address, held), offsets.shape[0] - 1, num_tokens)
+
+
+@contextlib.contextmanager
 def place_of(rows: Tensor) -> Iterator[_native.Place]:
     """PyTorch's threads; or the device of `rows`, current meanwhile, and the stream that PyTorch is using there."""
     if not rows.is_cuda:
