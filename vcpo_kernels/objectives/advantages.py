@@ -236,9 +236,9 @@ def length_weighted_advantages(
     tensor([ 0.2500, -0.7500])
     """
     check = Check("length_weighted_advantages")
+    check.tensor("rewards", rewards)
     check.tensor("lengths", lengths)
-    if isinstance(rewards, Tensor):
-        check.shape("lengths", lengths, rewards.shape, "rewards.shape")
+    check.shape("lengths", lengths, rewards.shape, "rewards.shape")
     batch = GroupedRewards(check, rewards, groups, num_groups, lengths > 0, ranks, lengths)
     return batch.own(batch.centred(batch.columns[0].log())[0])
 
@@ -278,11 +278,11 @@ def opob_advantages(
     tensor([ 0.2500, -0.7500])
     """
     check = Check("opob_advantages")
+    check.tensor("rewards", rewards)
     for name, value in (("log_weights", log_weights), ("score_sqnorm", score_sqnorm)):
         check.tensor(name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
-        if isinstance(rewards, Tensor):
-            check.shape(name, value, rewards.shape, "rewards.shape")
-            check.same_device(name, value, "rewards", rewards)
+        check.shape(name, value, rewards.shape, "rewards.shape")
+        check.same_device(name, value, "rewards", rewards)
     batch = GroupedRewards(check, rewards, groups, num_groups, valid, ranks, log_weights, score_sqnorm)
     log_w, norms = batch.columns
     check_norms(check, "score_sqnorm", norms, batch.ok & usable(log_w))
