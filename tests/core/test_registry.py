@@ -55,10 +55,12 @@ def test_unknown_backend(name: str) -> None:
         vk.use_backend(name).__enter__()
 
 
-def test_forced_backend_without_the_op_leaves_sequence_ops_to_the_default() -> None:
-    """`use_backend("native")` around a whole step must work although native has row ops only."""
+def test_forced_backend_without_the_op_leaves_it_to_the_default() -> None:
+    """`use_backend("native")` around a whole step must work although native has not every op, nor each in every dtype."""
     with vk.use_backend("native"):
-        assert served_by("segment_sum", dtype=torch.float32) == "reference"
+        assert served_by("outer_sqnorm", dtype=torch.float32) == "reference"
+        assert served_by("segment_sum", dtype=torch.bfloat16) == "reference"
+        assert served_by("segment_sum", dtype=torch.float64) == "native"
 
 
 @pytest.mark.usefixtures("broken_native")
@@ -82,7 +84,7 @@ def test_the_fallback_warns_once_with_the_reason_and_forcing_it_does_not() -> No
 OBJECTIONS = {
     "device": (("native", "token_stats", CUDA, torch.float32), "runs on cpu tensors, not on cuda"),
     "dtype": (("native", "token_stats", CPU, torch.float64), "does not take float64"),
-    "op": (("native", "vcpo_coefficients", CPU, torch.float32), "has no vcpo_coefficients"),
+    "op": (("native", "outer_sqnorm", CPU, torch.float32), "has no outer_sqnorm"),
     "triton on mps": (("triton", "token_stats", torch.device("mps"), torch.float32), "tensors, not on mps"),
 }
 
@@ -97,8 +99,8 @@ def test_objections_name_the_reason(case: str) -> None:
 def test_objections_list_every_reason_and_probe_only_when_there_is_no_other() -> None:
     """A probe imports the backend: no reason to, for tensors that it could not take anyway."""
     assert registry.objections("native", "token_stats", CPU, torch.float32) == ["it was built on the moon"]
-    assert registry.objections("native", "segment_sum", CUDA, torch.float64) == [
-        "has no segment_sum",
+    assert registry.objections("native", "outer_sqnorm", CUDA, torch.float64) == [
+        "has no outer_sqnorm",
         "runs on cpu tensors, not on cuda",
         "does not take float64",
     ]
