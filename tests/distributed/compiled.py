@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import vcpo_kernels as vk
 from tests.distributed import batches, vocabularies
@@ -46,7 +47,7 @@ class Graphs:
 def tensors_of(value: Any, name: str = "") -> dict[str, Tensor]:
     """All tensors inside, by where they are."""
     if isinstance(value, Tensor):
-        return {name: value.detach()}
+        return {name: (value.to_local() if isinstance(value, DTensor) else value).detach()}  # type: ignore[no-untyped-call]
     if isinstance(value, TensorTree):
         value = vars(value)
     if isinstance(value, (list, tuple)):
@@ -133,6 +134,27 @@ def _head(head: HeadCase, rank: int, backend: Any) -> list[float]:
     return differences(step, torch.compile(step, fullgraph=True, backend=backend), arguments)
 
 
+def _dtensors() -> list[float]:
+    """Logits, and a head beside its hidden states, whose shards nobody names."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    torch.manual_seed(0)
+    whole = (torch.randn(3, 4, V), torch.randn(3, 4, H), torch.randn(V, H))
+    placements = (Shard(2), Replicate(), Shard(0))
+    ids = torch.randint(0, V, (3, 4))
+
+    def step(logits: Tensor, hidden: Tensor, weight: Tensor) -> Any:
+        of_logits, of_head = vk.token_stats(logits, ids), vk.linear_token_stats(hidden, weight, ids)
+        return (of_logits.logp + of_head.entropy * of_head.logp).sum(), of_logits.logp, of_head.entropy
+
+    def arguments() -> list[Any]:
+        return [distribute_tensor(t, mesh, [p]).requires_grad_() for t, p in zip(whole, placements, strict=True)]
+
+    return differences(step, torch.compile(step, fullgraph=True, backend="aot_eager"), arguments)
+
+
 # --- data and sequence ranks -----------------------------------------------------------------------------------------
 
 
@@ -186,6 +208,30 @@ def _layout(name: str, backend: Any) -> list[float]:
         return [x, x.pop("logits")]
 
     return differences(step, torch.compile(step, fullgraph=True, backend=backend, dynamic=True), arguments)
+
+
+def _batches(name: str) -> list[float]:
+    """Of sizes that change, in one graph; the ranks are an argument."""
+    part = part_of(LAYOUTS["2"][name])
+
+    def step(x: dict[str, Tensor], told: vk.Ranks, logits: Tensor) -> Any:
+        stats = vk.token_stats(logits * 1, x["ids"], x["mask"])
+        segments = vk.Segments.padded(x["mask"], sequence_group=told.sequence)
+        out = vk.vcpo_loss(stats, x["mu"], x["rewards"], 2, segments, ranks=told)
+        return out.loss, out
+
+    graphs = Graphs()
+    compiled = torch.compile(step, fullgraph=True, backend=graphs.backend(), dynamic=True)
+    apart = []
+    for count in (len(part.x["mask"]), len(part.x["mask"]) // 2):  # never one group, which is a graph of its own
+
+        def arguments(count: int = count) -> list[Any]:
+            x = {name: t.detach()[:count].clone() for name, t in part.x.items()}
+            return [x, part.ranks, x.pop("logits").requires_grad_()]
+
+        apart += differences(step, compiled, arguments)
+    assert len(graphs.forward) == 1
+    return apart
 
 
 def _objective(name: str, layout: str) -> list[float]:
@@ -246,7 +292,10 @@ def everything_on_rank(rank: int) -> dict[str, Any]:
     for name in METHODS:
         for layout in ("dp2, averaged", "cp2"):
             keep(f"objective, {name}, {layout}", _objective, name, layout)
+    for name in ("dp2", "cp2"):
+        keep(f"layout, {name}, of batches that change", _batches, name)
     keep("uneven", _uneven, False)
+    keep("dtensors", _dtensors)
     for name in OF_INDUCTOR["heads"]:
         keep(f"inductor, head, {name}", _head, HEADS[name], rank, "inductor")
     for name in OF_INDUCTOR["layouts"]:

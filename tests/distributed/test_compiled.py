@@ -9,6 +9,8 @@ import pytest
 from tests import ranks
 from tests.distributed import compiled
 
+SAME = 1e-6  # forwards have the same bits; a GEMM's sums may not, where a graph's memory is aligned otherwise
+
 
 @pytest.fixture(scope="module")
 def of_two() -> list[dict[str, Any]]:
@@ -19,7 +21,7 @@ def test_shards_of_a_vocabulary(of_two: list[dict[str, Any]]) -> None:
     """One graph for all batches and temperatures, on both ranks the same collectives: a gather a call, d hidden of a head."""
     for result in of_two:
         shards = result["shards"]
-        assert max(shards["differences"]) == 0.0
+        assert max(shards["differences"]) <= SAME
         assert shards["forward"] == [["all_gather_into_tensor"] * 3]
         assert shards["backward"] == [["all_reduce"] * 2]
 
@@ -27,7 +29,7 @@ def test_shards_of_a_vocabulary(of_two: list[dict[str, Any]]) -> None:
 def test_data_and_sequence_ranks(of_two: list[dict[str, Any]]) -> None:
     for result in of_two:
         steps = result["steps"]
-        assert max(steps["differences"]) == 0.0
+        assert max(steps["differences"]) <= SAME
         (forward,), (backward,) = steps["forward"], steps["backward"]
         assert forward == of_two[0]["steps"]["forward"][0]
         assert forward.count("all_gather_into_tensor") == 3  # of vcpo_loss, of ESS, of the baseline
@@ -47,12 +49,12 @@ def everything() -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["head", "layout", "objective", "uneven"])
+@pytest.mark.parametrize("kind", ["head", "dtensors", "layout", "objective", "uneven"])
 def test_graphs_run_as_they_are(everything: list[dict[str, Any]], kind: str) -> None:
     for result in everything:
         of_kind = {name: max(apart) for name, apart in result.items() if name.startswith(kind)}
         assert of_kind
-        assert {name: apart for name, apart in of_kind.items() if apart != 0.0} == {}
+        assert {name: apart for name, apart in of_kind.items() if not apart <= SAME} == {}
 
 
 @pytest.mark.slow

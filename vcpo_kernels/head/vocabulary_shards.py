@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core import registry
-from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.checks import Check, is_dtensor
 from vcpo_kernels.core.dtypes import needs_grad, no_autocast, wide
 from vcpo_kernels.core.library import define_op
 from vcpo_kernels.head import deferred
@@ -49,7 +49,7 @@ def taken_apart(
     given = hidden
     if not is_sharded_in(weight, 0) or weight.device_mesh.ndim != 1:
         return hidden, weight, bias, vocabulary, True
-    of_mesh = hasattr(hidden, "full_tensor") and hidden.device_mesh == weight.device_mesh
+    of_mesh = is_dtensor(hidden) and hidden.device_mesh == weight.device_mesh
     if not of_mesh and vocabulary is None:
         return hidden, weight, bias, vocabulary, True
     if of_mesh:
