@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 import vcpo_kernels as vk
 from tests.distributed import batches, vocabularies
-from tests.distributed.batches import LAYOUTS, METHODS, Part, config_of, groups_of, part_of
+from tests.distributed.batches import LAYOUTS, METHODS, Layout, Part, config_of, groups_of, part_of
 from tests.distributed.vocabularies import HEADS, HeadCase
 from vcpo_kernels import objectives
 from vcpo_kernels.core.trees import TensorTree
@@ -158,8 +158,7 @@ def _dtensors() -> list[float]:
 # --- data and sequence ranks -----------------------------------------------------------------------------------------
 
 
-def _vcpo(name: str, part: Part, x: dict[str, Tensor], segments: vk.Segments) -> tuple[Any, ...]:
-    layout = LAYOUTS["2"][name]
+def _vcpo(layout: Layout, part: Part, x: dict[str, Tensor], segments: vk.Segments) -> tuple[Any, ...]:
     groups = groups_of(layout, part.rows)
     stats = vk.token_stats(x["logits"] * 1, x["ids"], x["mask"])
     out = vk.vcpo_loss(stats, x["mu"], x["rewards"], groups, segments, config_of(layout), ranks=part.ranks)
@@ -179,12 +178,13 @@ def _leaves_of(part: Part) -> dict[str, Tensor]:
 
 def _steps(rank: int) -> dict[str, Any]:
     """Data ranks and sequence ranks in one graph, with a method that weighs whole sequences."""
-    data, sequence = part_of(LAYOUTS["2"]["dp2, split groups"]), part_of(LAYOUTS["2"]["cp2"])
+    by_rows, by_tokens = LAYOUTS["2"]["dp2, split groups"], LAYOUTS["2"]["cp2"]
+    data, sequence = part_of(by_rows), part_of(by_tokens)
 
     def step(of_data: Any, of_sequence: Any, segments: vk.Segments, first: Tensor, second: Tensor) -> Any:
         x, y = {**of_data, "logits": first}, {**of_sequence, "logits": second}
-        loss, *results = _vcpo("dp2, split groups", data, x, _segments(data, x))
-        split, *of_split = _vcpo("cp2", sequence, y, segments)
+        loss, *results = _vcpo(by_rows, data, x, _segments(data, x))
+        split, *of_split = _vcpo(by_tokens, sequence, y, segments)
         gspo = batches.objective_loss(objectives.GSPO(), y, second * 1, segments, ranks=sequence.ranks)
         return loss + split + gspo.loss, results, of_split, gspo
 
@@ -197,11 +197,11 @@ def _steps(rank: int) -> dict[str, Any]:
     return {"differences": apart, "forward": graphs.forward, "backward": graphs.backward}
 
 
-def _layout(name: str, backend: Any) -> list[float]:
-    part = part_of(LAYOUTS["2"][name])
+def _layout(layout: Layout, backend: Any) -> list[float]:
+    part = part_of(layout)
 
     def step(x: dict[str, Tensor], logits: Tensor) -> Any:
-        return _vcpo(name, part, {**x, "logits": logits}, _segments(part, x))
+        return _vcpo(layout, part, {**x, "logits": logits}, _segments(part, x))
 
     def arguments() -> list[Any]:
         x = _leaves_of(part)
@@ -234,6 +234,28 @@ def _batches(name: str) -> list[float]:
     return apart
 
 
+def _ragged(kind: str, rank: int) -> list[float]:
+    """Sequences of several lengths, half of each on either rank."""
+    group, lengths = dist.group.WORLD, torch.tensor([2, 0, 3])
+    owner = torch.repeat_interleave(torch.arange(3), lengths)
+    where = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)) if kind == "packed" else owner
+
+    def step(logits: Tensor, where: Tensor, ids: Tensor, mu: Tensor, rewards: Tensor) -> Any:
+        if kind == "packed":
+            segments = vk.Segments.packed(where, sequence_group=group)
+        else:
+            segments = vk.Segments.indexed(where, 3, sequence_group=group)
+        out = vk.vcpo_loss(vk.token_stats(logits * 1, ids), mu, rewards, 3, segments)
+        return out.loss, out, segments.lengths, segments.mean(mu)
+
+    def arguments() -> list[Any]:
+        torch.manual_seed(rank)
+        logits, ids = torch.randn(5, V).requires_grad_(), torch.randint(0, V, (5,))
+        return [logits, where, ids, torch.randn(5) - 5, torch.tensor([1.0, 0.0, 0.5])]
+
+    return differences(step, torch.compile(step, fullgraph=True, backend="aot_eager"), arguments)
+
+
 def _objective(name: str, layout: str) -> list[float]:
     part = part_of(LAYOUTS["2"][layout])
 
@@ -250,10 +272,11 @@ def _objective(name: str, layout: str) -> list[float]:
 
 def _uneven(fullgraph: bool) -> list[float] | str:
     """Refused where a graph may not break; elsewhere run as it is."""
-    part = part_of(LAYOUTS["2"]["dp2, uneven"])
+    layout = LAYOUTS["2"]["dp2, uneven"]
+    part = part_of(layout)
 
     def step(x: dict[str, Tensor], logits: Tensor) -> Any:
-        return _vcpo("dp2, uneven", part, {**x, "logits": logits}, _segments(part, x))
+        return _vcpo(layout, part, {**x, "logits": logits}, _segments(part, x))
 
     def arguments() -> list[Any]:
         x = _leaves_of(part)
@@ -288,16 +311,23 @@ def everything_on_rank(rank: int) -> dict[str, Any]:
         if not head.tied:  # which is a sum outside of ours
             keep(f"head, {name}", _head, head, rank, "aot_eager")
     for name in EVEN:
-        keep(f"layout, {name}", _layout, name, "aot_eager")
+        keep(f"layout, {name}", _layout, LAYOUTS["2"][name], "aot_eager")
     for name in METHODS:
         for layout in ("dp2, averaged", "cp2"):
             keep(f"objective, {name}, {layout}", _objective, name, layout)
     for name in ("dp2", "cp2"):
         keep(f"layout, {name}, of batches that change", _batches, name)
+    for name in ("packed", "indexed"):
+        keep(f"layout, {name}", _ragged, name, rank)
     keep("uneven", _uneven, False)
     keep("dtensors", _dtensors)
     for name in OF_INDUCTOR["heads"]:
         keep(f"inductor, head, {name}", _head, HEADS[name], rank, "inductor")
     for name in OF_INDUCTOR["layouts"]:
-        keep(f"inductor, layout, {name}", _layout, name, "inductor")
+        keep(f"inductor, layout, {name}", _layout, LAYOUTS["2"][name], "inductor")
     return found
+
+
+def of_four_on_rank(rank: int) -> dict[str, list[float]]:
+    """Data and sequence ranks at once."""
+    return {name: _layout(LAYOUTS["4"][name], "aot_eager") for name in ("dp2 x cp2", "dp4, split groups")}

@@ -63,3 +63,9 @@ def test_through_inductor(everything: list[dict[str, Any]]) -> None:
         found = {name: max(apart) for name, apart in result.items() if name.startswith("inductor")}
         assert found
         assert {name: apart for name, apart in found.items() if not apart <= 5e-6} == {}
+
+
+@pytest.mark.slow
+def test_four_ranks() -> None:
+    for result in ranks.run(compiled.of_four_on_rank, 4):
+        assert {name: max(apart) for name, apart in result.items() if not max(apart) <= SAME} == {}
