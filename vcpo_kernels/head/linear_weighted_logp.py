@@ -15,11 +15,10 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import needs_grad, no_autocast
 from vcpo_kernels.core.library import define_op
 from vcpo_kernels.head import deferred
-from vcpo_kernels.head.accumulate import HeadGradients, Sum
+from vcpo_kernels.head.accumulate import HeadGradients, Sum, fake_gradients
 from vcpo_kernels.head.arguments import checked
 from vcpo_kernels.head.chunks import CHUNK_BYTES, rows_per_chunk
-from vcpo_kernels.head.linear_token_stats import NEEDS, fake_gradients
-from vcpo_kernels.head.operands import Head, HeadInputs, Needs, at_positions
+from vcpo_kernels.head.operands import NEEDS, Head, HeadInputs, Needs, at_positions
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_chunks, statistics_of
 from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
 from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
