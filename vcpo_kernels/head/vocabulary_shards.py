@@ -73,7 +73,7 @@ def statistics_of_shard(
     needs = Needs(*needs_grad(inputs.hidden, inputs.weight, inputs.bias))
     if needs.hidden and not needs.parameters:  # S is needed for one product alone
         memory, fast_bytes = "auto", chunk_bytes
-    call = (shard, sums_hidden, needs, memory, chunk_bytes, fast_bytes)
+    call = (shard, sums_hidden and shard.sums_hidden, needs, memory, chunk_bytes, fast_bytes)
     return RowStatistics(*_LinearTokenStats.apply(*inputs, *call))
 
 
