@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 B, T, H, HEADS, LAYERS = 8, 8, 16, 4, 2
-VOCABULARY, DIVISIBLE_BY = 61, 8  # padded to 64 at TP 1 and 2, to 64 at TP 4: --make-vocab-size-divisible-by
+VOCABULARY, DIVISIBLE_BY = 61, 8  # --make-vocab-size-divisible-by
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -71,10 +71,10 @@ def parallel(tensor: int, context: int = 1) -> Iterator[Any]:
         parallel_state.destroy_model_parallel()
 
 
-def padded(tensor: int) -> int:
+def padded(tensor: int, size: int = VOCABULARY) -> int:
     """The vocabulary's entries at this many tensor ranks, as Megatron pads them."""
     multiple = DIVISIBLE_BY * tensor
-    return -(-VOCABULARY // multiple) * multiple
+    return -(-size // multiple) * multiple
 
 
 def config(sequence_parallel: bool = False, **options: Any) -> Any:

@@ -133,8 +133,6 @@ def test_batch_without_valid_tokens_still_reaches_the_logits() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("tensor_model_parallel_size", 2, "the logits are sharded over the vocabulary"),
-        ("context_parallel_size", 2, "part of every sequence"),
         ("rollout_top_p", 0.9, "sampled nucleus"),
         ("rollout_top_k", 20, "tokens kept"),
         ("rollout_min_p", 0.1, "tokens kept"),

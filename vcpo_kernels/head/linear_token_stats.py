@@ -76,9 +76,9 @@ def linear_token_stats(
             take: of what is free on the device, within its cgroup's and its own limits.
         vocabulary: weight [v, H] and bias [v] are this rank's shard of a vocabulary that the ranks of a group share, as in
             `token_stats`; hidden and token_ids are whole and the same on all. One gather of 20 bytes a row forward, one
-            all-reduce of d hidden backward (none with `sums_hidden=False`). Recognised by itself where weight is a DTensor sharded by its rows and hidden a
-            DTensor of the same mesh, replicated or sharded by tokens; all-gather and reduce-scatter are then DTensor's.
-            Not under torch.compile.
+            all-reduce of d hidden backward, unless `vocabulary.sums_hidden` is False. Recognised by itself where weight is a
+            DTensor sharded by its rows and hidden a DTensor of the same mesh, replicated or sharded by tokens; all-gather and
+            reduce-scatter are then DTensor's. Not under torch.compile.
 
     Returns:
         TokenStats, each field in the shape of token_ids.
