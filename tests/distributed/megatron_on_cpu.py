@@ -119,3 +119,14 @@ def batch() -> dict[str, Tensor]:
 def causal() -> Tensor:
     """True where attention may not look, as Megatron has it."""
     return torch.ones(1, 1, T, T, dtype=torch.bool).triu(1)
+
+
+def slice_of(whole: Tensor, parameter: Any) -> Tensor:
+    """This tensor rank's part of a parameter that one rank has whole."""
+    from megatron.core import parallel_state
+
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim, rank = parameter.partition_dim, parallel_state.get_tensor_model_parallel_rank()
+    here = slice(rank * parameter.shape[dim], (rank + 1) * parameter.shape[dim])
+    return whole.movedim(dim, 0)[here].movedim(0, dim)
