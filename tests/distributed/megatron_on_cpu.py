@@ -49,6 +49,7 @@ def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
         torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+        torch.cuda.synchronize = lambda *args: None
         CudaRNGStatesTracker.fork = lambda self, name="": contextlib.nullcontext()
         WrappedTorchNorm.__new__ = _norm
         with _CpuForCuda():
@@ -58,13 +59,14 @@ def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def parallel(tensor: int, context: int = 1) -> Iterator[Any]:
-    """Megatron's groups for this many tensor and context ranks, the rest data ranks; its `parallel_state`."""
+def parallel(tensor: int, context: int = 1, pipeline: int = 1) -> Iterator[Any]:
+    """Megatron's groups for this many tensor, context and pipeline ranks, the rest data ranks; its `parallel_state`."""
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, context_parallel_size=context, create_gloo_process_groups=False
-    )
+        tensor_model_parallel_size=tensor, context_parallel_size=context, pipeline_model_parallel_size=pipeline,
+        create_gloo_process_groups=False,
+    )  # fmt: skip
     try:
         yield parallel_state
     finally:
@@ -86,12 +88,14 @@ def config(sequence_parallel: bool = False, **options: Any) -> Any:
         hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False, bias_dropout_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(), pipeline_dtype=torch.float32,
         sequence_parallel=sequence_parallel, masked_softmax_fusion=False, **options,
     )  # fmt: skip
 
 
 def gpt(sequence_parallel: bool = False, tied: bool = False, **options: Any) -> Any:
-    """The same weights at every number of tensor ranks: each takes its slices of those of one seed."""
+    """This rank's part of one model: of every parameter its slice, of pipeline stages its own."""
+    from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
@@ -100,7 +104,8 @@ def gpt(sequence_parallel: bool = False, tied: bool = False, **options: Any) -> 
     return GPTModel(
         settings, get_gpt_layer_local_spec(), vocab_size=padded(settings.tensor_model_parallel_size),
         max_sequence_length=T, parallel_output=True, share_embeddings_and_output_weights=tied,
-        position_embedding_type="learned_absolute",
+        position_embedding_type="learned_absolute", pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""docs/megatron.md's code as printed, in Megatron's own schedule, DistributedDataParallel and optimizers, beside one process."""
+"""docs/megatron.md's code as printed, in Megatron's own schedules, DistributedDataParallel and optimizers; and one process."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,10 @@ RATES, EPSILON = (0.1, 0.075), 1e-2  # of two steps, as OptimizerParamScheduler 
 
 @dataclass(frozen=True)
 class Case:
-    """hidden: the page's code without logits. mixed: bf16 with fp32 main parameters."""
+    """hidden: the page's code without logits. mixed: bf16, with fp32 main parameters. tensor, pipeline: ranks; others: data."""
 
+    tensor: int = 2
+    pipeline: int = 1
     hidden: bool = False
     sequence_parallel: bool = False
     tied: bool = False
@@ -48,6 +51,7 @@ def alone(tied: bool) -> dict[str, Any]:
     x, found = megatron.batch(), {"gradients": [], "ratios": []}
     with megatron.parallel(1):
         gpt = megatron.gpt(tied=tied)
+        found["start"] = {n: p.detach().clone() for n, p in gpt.named_parameters()}
         optimizer = torch.optim.AdamW(gpt.parameters(), lr=0.0, eps=EPSILON, weight_decay=0.0, betas=(0.9, 0.999))
         for rate in RATES:
             optimizer.zero_grad()
@@ -69,7 +73,7 @@ def loss_of(stats: vk.TokenStats, x: dict[str, Tensor]) -> vk.VCPOOutput:
 class Training:
     """Megatron's model, optimizer and scheduler, and the page's names."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, start: dict[str, Tensor]) -> None:
         from megatron.core.distributed import (
             DistributedDataParallel,
             DistributedDataParallelConfig,
@@ -79,17 +83,18 @@ class Training:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
         from megatron.core.transformer.module import Float16Module
 
-        self.case = case
         dtype = torch.bfloat16 if case.mixed else torch.float32
         options = {"calculate_per_token_loss": case.per_token, "bf16": case.mixed, "params_dtype": dtype}
-        gpt = megatron.gpt(case.sequence_parallel, case.tied, **options)
+        self.gpt = gpt = megatron.gpt(case.sequence_parallel, case.tied, **options)
+        with torch.no_grad():
+            for name, value in self.slices(start).items():
+                gpt.get_parameter(name).copy_(value)
         settings = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed, grad_reduce_in_fp32=True)
         module = Float16Module(gpt.config, gpt) if case.mixed else gpt
         self.model = DistributedDataParallel(gpt.config, settings, module)
-        self.gpt = gpt
         adam = OptimizerConfig(
-            optimizer="adam", lr=RATES[0], min_lr=0.0, weight_decay=0.0, adam_eps=EPSILON, clip_grad=0.0, bf16=case.mixed, params_dtype=dtype,
-            use_distributed_optimizer=case.distributed,
+            optimizer="adam", lr=RATES[0], min_lr=0.0, weight_decay=0.0, adam_eps=EPSILON, clip_grad=0.0, bf16=case.mixed,
+            params_dtype=dtype, use_distributed_optimizer=case.distributed,
         )  # fmt: skip
         self.optimizer = get_megatron_optimizer(adam, [self.model], use_gloo_process_groups=False)
         gpt.config.finalize_model_grads_func = finalize_model_grads
@@ -100,18 +105,25 @@ class Training:
         )  # fmt: skip
         self.names: dict[str, Any] = {
             "SEQUENCES": B, "SAMPLES": SAMPLES, "VOCABULARY": VOCABULARY, "SEQUENCE": T, "NUM_MICROBATCHES": MICRO_BATCHES,
-            "MICRO_BATCH": B // 2 // MICRO_BATCHES, "optimizer": self.optimizer,
+            "MICRO_BATCH": self.sequences // MICRO_BATCHES, "optimizer": self.optimizer,
         }  # fmt: skip
         setup, of_logits, of_hidden, step = snippets("docs/megatron.md")
         for code in (setup, of_logits, *([of_hidden] if case.hidden else []), step):
             exec(code, self.names)
 
+    @property
+    def sequences(self) -> int:
+        """Of this data rank."""
+        from megatron.core import parallel_state
+
+        return B // parallel_state.get_data_parallel_world_size()  # type: ignore[no-any-return]
+
     def batches(self) -> Any:
         from megatron.core import parallel_state
 
-        x, size = megatron.batch(), B // 2 // MICRO_BATCHES
-        start = parallel_state.get_data_parallel_rank() * B // 2
-        for at in range(start, start + B // 2, size):
+        x, size = megatron.batch(), self.sequences // MICRO_BATCHES
+        start = parallel_state.get_data_parallel_rank() * self.sequences
+        for at in range(start, start + self.sequences, size):
             part = {name: value[at : at + size] for name, value in x.items()}
             yield part | {"attention_mask": megatron.causal(), "behavior_logp": part["mu"]}
 
@@ -122,7 +134,15 @@ class Training:
         self.names["train_step"](schedule, self.batches(), self.model, self.optimizer, self.scheduler)
 
     def slices(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {n: megatron.slice_of(whole[n], p) for n, p in self.gpt.named_parameters()}
+        """This rank's parts, by the names that its stage has for them."""
+        from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+        offset = get_transformer_layer_offset(self.gpt.config)
+
+        def whole_name(name: str) -> str:
+            return re.sub(r"layers\.(\d+)", lambda m: f"layers.{int(m[1]) + offset}", name)
+
+        return {n: megatron.slice_of(whole[whole_name(n)], p) for n, p in self.gpt.named_parameters()}
 
     def parameters(self) -> dict[str, Tensor]:
         return {n: p.detach().clone() for n, p in self.gpt.named_parameters()}
@@ -130,7 +150,7 @@ class Training:
 
 def trained(case: Case, want: dict[str, Any]) -> dict[str, Any]:
     """Two steps: (got, wanted) of the gradients of each, of the ratios, of the parameters' way, and the rates left behind."""
-    training = Training(case)
+    training = Training(case, want["start"])
     start, step, gradients = training.parameters(), training.optimizer.step, []
 
     def recorded() -> Any:
@@ -158,7 +178,7 @@ def mixed(case: Case, want: dict[str, Any]) -> dict[str, Any]:
     """The first step: how far the main parameters went, by Adam's formula of their own gradients at the whole rate."""
     from vcpo_kernels.integrations.megatron import torch_optimizers
 
-    training, found = Training(case), {}
+    training, found = Training(case, want["start"]), {}
     (inner,) = torch_optimizers(training.optimizer)
     main = [p for group in inner.param_groups for p in group["params"]]
     before, step = [p.detach().clone() for p in main], training.optimizer.step
@@ -230,7 +250,7 @@ def logits_of(embedding: Any, head: Any, ids: Tensor) -> Tensor:
 def on_four(rank: int) -> dict[str, Any]:
     want = {tied: alone(tied) for tied in (False, True)}
     found = {f"context {cp} x {tp}": tokens_in_context(cp, tp) for cp, tp in ((2, 2), (2, 1), (4, 1))}
-    with megatron.parallel(2):
-        found |= {name: trained(case, want[case.tied]) for name, case in CASES.items()}
-        found |= {name: mixed(case, want[case.tied]) for name, case in MIXED.items()}
+    for name, case in (CASES | MIXED).items():
+        with megatron.parallel(case.tensor, pipeline=case.pipeline):
+            found[name] = (mixed if case.mixed else trained)(case, want[case.tied])
     return found
