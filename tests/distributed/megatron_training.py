@@ -42,6 +42,8 @@ CASES = {
     "hidden, sequence parallel, distributed optimizer": Case(
         hidden=True, sequence_parallel=True, tied=True, distributed=True
     ),
+    "logits, two stages": Case(tensor=1, pipeline=2),
+    "hidden, two stages": Case(pipeline=2, hidden=True, sequence_parallel=True),
 }
 MIXED = {"logits, bf16": Case(mixed=True), "hidden, bf16": Case(mixed=True, hidden=True, sequence_parallel=True)}
 
