@@ -61,14 +61,13 @@ def whole_hidden(hidden: Tensor, sequence_parallel: bool, sums: str) -> Tensor:
     return copy_to_tensor_model_parallel_region(hidden) if sums == "Megatron" else hidden  # type: ignore[no-any-return]
 
 
-def fused(
-    head: str, hidden: Tensor, weight: Tensor, ids: Tensor, c: Tensor, shard: vk.VocabularyShard
-) -> tuple[Any, Tensor]:
-    """logp, and sum_t c_t logp_t."""
+def fused(head: str, *operands: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Of hidden, weight, ids and c: logp, and sum_t c_t logp_t."""
     if head == "weighted_logp":
-        summed, stats = vk.linear_weighted_logp(hidden, weight, ids, c, vocabulary=shard)
+        summed, stats = vk.linear_weighted_logp(*operands, **options)
         return stats.logp, summed
-    stats = vk.linear_token_stats(hidden, weight, ids, memory=head, vocabulary=shard)
+    *operands, c = operands
+    stats = vk.linear_token_stats(*operands, memory=head, **options)
     return stats.logp.detach(), (c * stats.logp).sum()
 
 
@@ -90,11 +89,11 @@ def output_layer(sequence_parallel: bool) -> dict[str, Any]:
     ce = vocab_parallel_cross_entropy(layer(hidden)[0], ids)
     found: dict[str, Any] = {"Megatron": (-ce.detach(), *torch.autograd.grad((-c * ce).sum(), operands))}
     for sums in SUMS:
-        shard = vk.VocabularyShard.even(group, len(layer.weight), sums_hidden=sums == "head")
+        options = {"vocabulary": vk.VocabularyShard.even(group, len(layer.weight)), "sum_hidden": sums == "head"}
         for head in HEADS:
             given = whole_hidden(hidden, sequence_parallel, sums)
             with counting.collectives() as called:
-                logp, summed = fused(head, given, layer.weight, ids, c, shard)
+                logp, summed = fused(head, given, layer.weight, ids, c, **options)
                 torch.autograd.grad(summed, (given, layer.weight), retain_graph=True)
             found[f"{sums}; {head}"] = (logp, *torch.autograd.grad(summed, operands))
             found[f"{sums}; {head}; called"] = called
@@ -123,12 +122,12 @@ def model(sequence_parallel: bool, tied: bool) -> dict[str, Any]:
     weight = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
     # Without sequence parallelism Megatron sums a copy of a gradient that is not contiguous, as d hidden [s, b, H] here.
     for sums in SUMS if sequence_parallel else SUMS[:1]:
-        shard = vk.VocabularyShard.even(group, len(weight), sums_hidden=sums == "head")
+        options = {"vocabulary": vk.VocabularyShard.even(group, len(weight)), "sum_hidden": sums == "head"}
         gpt.post_process = False
         hidden = gpt(*inputs)
         gpt.post_process = True
         hidden = whole_hidden(hidden, sequence_parallel, sums).transpose(0, 1)
-        stats = vk.linear_token_stats(hidden, weight, x["labels"], mask=x["mask"], vocabulary=shard)
+        stats = vk.linear_token_stats(hidden, weight, x["labels"], mask=x["mask"], **options)
         found[f"hidden; {sums}"] = done(stats.logp, (c * stats.logp).sum())
     return found
 

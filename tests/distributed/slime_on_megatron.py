@@ -127,6 +127,16 @@ def refused() -> str:
     return "nothing was raised"
 
 
+def before_initialization() -> str:
+    from vcpo_kernels.integrations import megatron as ours
+
+    try:
+        ours.ranks()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
 def uneven_optimizers(rank: int) -> str:
     optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(1 + (rank == 3))]
     try:
@@ -139,7 +149,7 @@ def uneven_optimizers(rank: int) -> str:
 @megatron.on_cpu
 def on_four(rank: int) -> dict[str, Any]:
     _ess_channel._PROCESS.warned = True
-    found: dict[str, Any] = {"uneven": uneven_optimizers(rank)}
+    found: dict[str, Any] = {"uneven": uneven_optimizers(rank), "before": before_initialization()}
     for name, (tp, cp) in LAYOUTS.items():
         with megatron.parallel(tp, cp):
             found[name] = step(tp, cp)

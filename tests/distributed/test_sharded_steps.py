@@ -82,7 +82,8 @@ def deepspeed_step(stage: int, groups: int, sub_group_size: int, steps: int = 2)
     optimizer = torch.optim.SGD([{"params": rest}, {"params": norms}] if groups == 2 else [*rest, *norms], lr=RATE)
     zero = {"stage": stage, "sub_group_size": sub_group_size, "stage3_param_persistence_threshold": 0}
     config = {
-        "train_micro_batch_size_per_gpu": B // dist.get_world_size(), "zero_allow_untested_optimizer": True, "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": B // dist.get_world_size(), "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False, "gradient_clipping": 0.0,
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

@@ -21,8 +21,8 @@ from vcpo_kernels.head.chunks import CHUNK_BYTES
 from vcpo_kernels.head.kept_scores import gradients_of, score_matrix, takes_fast
 from vcpo_kernels.head.operands import Head, HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_, score_chunks, statistics_of
+from vcpo_kernels.head.vocabulary_shards import check_sum, statistics_of_shard, taken_apart
 from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
-from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
 from vcpo_kernels.rows.token_stats import TokenStats
@@ -44,6 +44,7 @@ def linear_token_stats(
     chunk_bytes: int = CHUNK_BYTES,
     fast_bytes: int | None = None,
     vocabulary: VocabularyShard | None = None,
+    sum_hidden: bool = True,
 ) -> TokenStats:
     """`token_stats(hidden @ weight.T + bias, token_ids, ...)`, without the logits in memory. Same statistics.
 
@@ -76,9 +77,11 @@ def linear_token_stats(
             take: of what is free on the device, within its cgroup's and its own limits.
         vocabulary: weight [v, H] and bias [v] are this rank's shard of a vocabulary that the ranks of a group share, as in
             `token_stats`; hidden and token_ids are whole and the same on all. One gather of 20 bytes a row forward, one
-            all-reduce of d hidden backward, unless `vocabulary.sums_hidden` is False. Recognised by itself where weight is a
-            DTensor sharded by its rows and hidden a DTensor of the same mesh, replicated or sharded by tokens; all-gather and
-            reduce-scatter are then DTensor's. Not under torch.compile.
+            all-reduce of d hidden backward. Recognised by itself where weight is a DTensor sharded by its rows and hidden a
+            DTensor of the same mesh, replicated or sharded by tokens; all-gather and reduce-scatter are then DTensor's.
+            Not under torch.compile.
+        sum_hidden: whether the shards' parts of d hidden are added up here. False: they are where hidden was gathered, by the
+            backward of what gathered it (a reduce-scatter, as under Megatron's sequence parallelism). With `vocabulary` alone.
 
     Returns:
         TokenStats, each field in the shape of token_ids.
@@ -102,12 +105,14 @@ def linear_token_stats(
     if fast_bytes is not None:
         fast_bytes = check.integer("fast_bytes", fast_bytes, 0)
     shard = check_shard(check, vocabulary)
+    check_sum(check, sum_hidden, shard)
     parameters, deferral = (weight, bias), deferred.deferral_of(weight, bias)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
     if shard is not None:
         refuse_shard(check, *parameters)
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
     if shard is not None:
+        sums_hidden = sums_hidden and sum_hidden
         outputs: tuple[Tensor, ...] = statistics_of_shard(inputs, shard, sums_hidden, memory, chunk_bytes, fast_bytes)
     elif deferral is not None:
         outputs = deferral.linear_token_stats(parameters, *inputs, memory, chunk_bytes, fast_bytes)

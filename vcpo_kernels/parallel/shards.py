@@ -27,9 +27,6 @@ class VocabularyShard:
 
     group: the process group. start: this rank's first entry. size: how many entries the vocabulary has, all ranks together;
     entries of a shard from there on are padding and count nothing.
-    sums_hidden: whether a head with this shard adds up d hidden over `group`, by an all-reduce. False leaves it as this shard's
-    part, where the backward of whatever gathered hidden adds the parts up (a reduce-scatter, as under Megatron's sequence
-    parallelism). Of logits it says nothing.
 
     Raises TypeError or ValueError, naming the argument.
     """
@@ -37,7 +34,6 @@ class VocabularyShard:
     group: Any
     start: int
     size: int
-    sums_hidden: bool = True
 
     def __post_init__(self) -> None:
         check = Check("VocabularyShard")
@@ -46,14 +42,13 @@ class VocabularyShard:
         check_group(check, "group", self.group)
         check.integer("start", self.start, 0)
         check.integer("size", self.size, 1)
-        check.boolean("sums_hidden", self.sums_hidden)
 
     @staticmethod
-    def even(group: Any, entries: int, size: int | None = None, sums_hidden: bool = True) -> VocabularyShard:
+    def even(group: Any, entries: int, size: int | None = None) -> VocabularyShard:
         """As Megatron splits a (padded) vocabulary: every rank of `group` holds as many entries, in the order of the ranks.
 
         entries: of this rank, logits.shape[-1] or weight.shape[0]. size: of the vocabulary before it was padded; None: of all
-        shards together. sums_hidden: see `VocabularyShard`.
+        shards together.
         """
         check = Check("VocabularyShard.even")
         entries = check.integer("entries", entries, 0)
@@ -64,7 +59,7 @@ class VocabularyShard:
                 f"size must be at most the shards' {whole} entries ({entries} a rank), got {size}. It is the vocabulary's "
                 "size before it was padded to be split."
             )
-        return VocabularyShard(group, dist.get_rank(group) * entries, whole if size is None else size, sums_hidden)
+        return VocabularyShard(group, dist.get_rank(group) * entries, whole if size is None else size)
 
     @staticmethod
     def of_dtensor(tensor: Tensor, dim: int) -> VocabularyShard:
