@@ -100,6 +100,27 @@ def output_layer(sequence_parallel: bool) -> dict[str, Any]:
     return found
 
 
+def refused() -> dict[str, str]:
+    """d hidden summed twice, and never, through views on the way."""
+    from megatron.core import parallel_state
+
+    shard = vk.VocabularyShard.even(parallel_state.get_tensor_model_parallel_group(), 4)
+    found = {}
+    for sequence_parallel in (False, True):
+        for sums in SUMS if sequence_parallel else SUMS[1:]:
+            hidden = (
+                whole_hidden(torch.randn(T, B, H, requires_grad=True), sequence_parallel, sums).transpose(0, 1).double()
+            )
+            operands, ids = (hidden, torch.randn(4, H).double()), torch.zeros(hidden.shape[:2], dtype=torch.int64)
+            wrong = sums == "Megatron"
+            name = f"{sequence_parallel} {sums}"
+            try:
+                vk.linear_token_stats(*operands, ids, vocabulary=shard, sum_hidden=wrong)
+            except ValueError as error:
+                found[name] = str(error)
+    return found
+
+
 def model(sequence_parallel: bool, tied: bool) -> dict[str, Any]:
     """Its own loss, and ours from its logits and from its hidden states: log-probabilities and all gradients."""
     from megatron.core import parallel_state
@@ -136,6 +157,7 @@ def model(sequence_parallel: bool, tied: bool) -> dict[str, Any]:
 def on_ranks(rank: int, world: int, models: bool) -> dict[str, Any]:
     with megatron.parallel(world):
         found: dict[str, Any] = {f"loss {case}": loss(*case) for case in LOSSES}
+        found["refused"] = refused()
         for sequence_parallel in (False, True):
             found[f"layer {sequence_parallel}"] = output_layer(sequence_parallel)
             for tied in (False, True) if models else ():

@@ -55,6 +55,20 @@ def test_the_output_layer(
         assert of[f"{sums}; {head}; called"] == ["all_gather", *(["all_reduce"] if sums == "head" else [])]
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_who_sums_is_checked(found: dict[int, list[dict[str, Any]]], world: int) -> None:
+    for result in found[world]:
+        refused = result["refused"]
+        for name in ("False Megatron", "True Megatron"):
+            assert refused[name].startswith(
+                "linear_token_stats: hidden comes from Megatron's gather_from_sequence_parallel_reg"
+            )
+            assert refused[name].endswith("and so would this. Pass sum_hidden=False.")
+        assert refused["True head"].startswith(
+            "linear_token_stats: sum_hidden=False, but hidden comes from Megatron's gather_fr"
+        )
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_the_model(found: dict[int, list[dict[str, Any]]], sequence_parallel: bool, tied: bool) -> None:

@@ -1,4 +1,4 @@
-"""Rates on the torch optimizers inside of Megatron's, without Megatron; with it: tests/distributed/test_megatron_training.py."""
+"""Rates on the torch optimizers inside of Megatron's, without Megatron. With it: tests/distributed/megatron_training.py."""
 
 from __future__ import annotations
 

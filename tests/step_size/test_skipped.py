@@ -343,13 +343,18 @@ def test_gradients_that_move_on_are_no_skipped_step(observes: str) -> None:
     model = new_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 
-    def moved(p: Any) -> None:
-        p.main_grad += p.grad
-        p.grad = None
+    def moves(p: Any) -> Callable[..., None]:
+        def moved(*_: Any) -> None:
+            p.main_grad += p.grad
+            p.grad = None
 
+        return moved
+
+    nodes: list[Any] = []  # kept alive, as Megatron does
     for p in model.parameters():
         p.main_grad = torch.zeros_like(p)  # type: ignore[attr-defined]
-        p.register_post_accumulate_grad_hook(moved)
+        nodes.append(p.expand_as(p).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+        nodes[-1].register_hook(moves(p))
     rate = vk.EssLearningRate(optimizer)
 
     def run(*micro_batches: Tensor) -> None:

@@ -21,8 +21,9 @@ from vcpo_kernels.head.chunks import CHUNK_BYTES
 from vcpo_kernels.head.kept_scores import gradients_of, score_matrix, takes_fast
 from vcpo_kernels.head.operands import Head, HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_, score_chunks, statistics_of
-from vcpo_kernels.head.vocabulary_shards import check_sum, statistics_of_shard, taken_apart
+from vcpo_kernels.head.summed_hidden import check_sum
 from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
+from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
 from vcpo_kernels.rows.token_stats import TokenStats
@@ -82,6 +83,7 @@ def linear_token_stats(
             Not under torch.compile.
         sum_hidden: whether the shards' parts of d hidden are added up here. False: they are where hidden was gathered, by the
             backward of what gathered it (a reduce-scatter, as under Megatron's sequence parallelism). With `vocabulary` alone.
+            Both sums, or neither, are an error where hidden is seen to come from Megatron's functions.
 
     Returns:
         TokenStats, each field in the shape of token_ids.
@@ -105,7 +107,7 @@ def linear_token_stats(
     if fast_bytes is not None:
         fast_bytes = check.integer("fast_bytes", fast_bytes, 0)
     shard = check_shard(check, vocabulary)
-    check_sum(check, sum_hidden, shard)
+    check_sum(check, hidden, sum_hidden, shard)
     parameters, deferral = (weight, bias), deferred.deferral_of(weight, bias)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
     if shard is not None:

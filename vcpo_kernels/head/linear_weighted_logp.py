@@ -21,8 +21,9 @@ from vcpo_kernels.head.chunks import CHUNK_BYTES, rows_per_chunk
 from vcpo_kernels.head.linear_token_stats import NEEDS, fake_gradients
 from vcpo_kernels.head.operands import Head, HeadInputs, Needs, at_positions
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_chunks, statistics_of
-from vcpo_kernels.head.vocabulary_shards import check_sum, statistics_of_shard, taken_apart
+from vcpo_kernels.head.summed_hidden import check_sum
 from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
+from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows import known_gradient
 from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
@@ -88,7 +89,7 @@ def linear_weighted_logp(
     chunk_bytes = check.integer("chunk_bytes", chunk_bytes, 1)
     deferred.refuse(check, "linear_token_stats, and accumulate_ with the coefficients", weight, bias)
     shard = check_shard(check, vocabulary)
-    check_sum(check, sum_hidden, shard)
+    check_sum(check, hidden, sum_hidden, shard)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
     if shard is not None:
         refuse_shard(check, weight, bias)

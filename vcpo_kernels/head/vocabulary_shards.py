@@ -42,15 +42,6 @@ def refuse(check: Check, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def check_sum(check: Check, sum_hidden: object, vocabulary: VocabularyShard | None) -> None:
-    """Raise for a sum of d hidden that is left to others where no shard is given of which it would be."""
-    if not check.boolean("sum_hidden", sum_hidden) and vocabulary is None:
-        raise check.value_error(
-            "sum_hidden=False leaves d hidden as a shard's part, but vocabulary is None. Say which shard: "
-            "vocabulary=VocabularyShard.even(group, weight.shape[0])."
-        )
-
-
 def taken_apart(
     hidden: Any, weight: Any, bias: Any, vocabulary: VocabularyShard | None
 ) -> tuple[Any, Any, Any, VocabularyShard | None, bool]:
