@@ -71,18 +71,25 @@ def fused(head: str, *operands: Tensor, **options: Any) -> tuple[Tensor, Tensor]
     return stats.logp.detach(), (c * stats.logp).sum()
 
 
+def output_layer_of(settings: Any) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    entries = megatron.padded(parallel_state.get_tensor_model_parallel_world_size())
+    options: dict[str, Any] = {"init_method": torch.nn.init.normal_, "bias": False, "gather_output": False}
+    return ColumnParallelLinear(H, entries, config=settings, **options)
+
+
 def output_layer(sequence_parallel: bool) -> dict[str, Any]:
     """ColumnParallelLinear's forward and its loss; logp and gradients of every head of ours, by who sums d hidden."""
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     settings = megatron.config(sequence_parallel)
     group, rank = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
     world = parallel_state.get_tensor_model_parallel_world_size()
     torch.manual_seed(1)
-    layer = ColumnParallelLinear(
-        H, megatron.padded(world), config=settings, init_method=torch.nn.init.normal_, bias=False, gather_output=False
-    )
+    layer = output_layer_of(settings)
     ids, c, whole = torch.randint(0, megatron.VOCABULARY, (T, B)), torch.randn(T, B), torch.randn(T, B, H)
     hidden = (whole.chunk(world)[rank] if sequence_parallel else whole).clone().requires_grad_()
     operands = (hidden, layer.weight)
@@ -118,6 +125,11 @@ def refused() -> dict[str, str]:
                 vk.linear_token_stats(*operands, ids, vocabulary=shard, sum_hidden=wrong)
             except ValueError as error:
                 found[name] = str(error)
+    layer = output_layer_of(megatron.config())
+    try:
+        vk.OPOBAccumulator([layer.weight], vk.VCPOConfig(num_sequences=B))
+    except TypeError as error:
+        found["OPOB"] = str(error)
     return found
 
 
@@ -154,12 +166,12 @@ def model(sequence_parallel: bool, tied: bool) -> dict[str, Any]:
 
 
 @megatron.on_cpu
-def on_ranks(rank: int, world: int, models: bool) -> dict[str, Any]:
+def on_ranks(rank: int, world: int) -> dict[str, Any]:
     with megatron.parallel(world):
         found: dict[str, Any] = {f"loss {case}": loss(*case) for case in LOSSES}
         found["refused"] = refused()
         for sequence_parallel in (False, True):
             found[f"layer {sequence_parallel}"] = output_layer(sequence_parallel)
-            for tied in (False, True) if models else ():
+            for tied in (False, True):
                 found[f"model {sequence_parallel} {tied}"] = model(sequence_parallel, tied)
     return found

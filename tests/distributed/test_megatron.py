@@ -20,7 +20,7 @@ WORLDS = (2, 4)
 
 @pytest.fixture(scope="module")
 def found() -> dict[int, list[dict[str, Any]]]:
-    return {world: ranks.run(heads.on_ranks, world, world, world == 2) for world in WORLDS}
+    return {world: ranks.run(heads.on_ranks, world, world) for world in WORLDS}
 
 
 def close(got: Tensor, want: Tensor, rounding: float = 0.0) -> None:
@@ -64,6 +64,7 @@ def test_who_sums_is_checked(found: dict[int, list[dict[str, Any]]], world: int)
                 "linear_token_stats: hidden comes from Megatron's gather_from_sequence_parallel_reg"
             )
             assert refused[name].endswith("and so would this. Pass sum_hidden=False.")
+        assert refused["OPOB"].startswith("OPOBAccumulator: params holds slices of Megatron's tensor parallelism")
         assert refused["True head"].startswith(
             "linear_token_stats: sum_hidden=False, but hidden comes from Megatron's gather_fr"
         )
@@ -71,9 +72,10 @@ def test_who_sums_is_checked(found: dict[int, list[dict[str, Any]]], world: int)
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_the_model(found: dict[int, list[dict[str, Any]]], sequence_parallel: bool, tied: bool) -> None:
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_model(found: dict[int, list[dict[str, Any]]], world: int, sequence_parallel: bool, tied: bool) -> None:
     """GPTModel's loss and the gradients of all of its parameters, by ours of its logits and of its hidden states."""
-    for result in found[2]:
+    for result in found[world]:
         of = result[f"model {sequence_parallel} {tied}"]
         logp, gradients = of["Megatron"]
         assert len(gradients) > 20

@@ -110,11 +110,11 @@ def linear_token_stats(
     check_sum(check, hidden, sum_hidden, shard)
     parameters, deferral = (weight, bias), deferred.deferral_of(weight, bias)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
+    sums_hidden = sums_hidden and sum_hidden
     if shard is not None:
         refuse_shard(check, *parameters)
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
     if shard is not None:
-        sums_hidden = sums_hidden and sum_hidden
         outputs: tuple[Tensor, ...] = statistics_of_shard(inputs, shard, sums_hidden, memory, chunk_bytes, fast_bytes)
     elif deferral is not None:
         outputs = deferral.linear_token_stats(parameters, *inputs, memory, chunk_bytes, fast_bytes)

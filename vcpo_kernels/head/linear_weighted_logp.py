@@ -91,12 +91,13 @@ def linear_weighted_logp(
     shard = check_shard(check, vocabulary)
     check_sum(check, hidden, sum_hidden, shard)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
+    sums_hidden = sums_hidden and sum_hidden
     if shard is not None:
         refuse_shard(check, weight, bias)
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
     coefficients = checked_coefficients(check, coefficients, inputs.token_ids, inputs.hidden)
     if shard is not None:
-        of_shard = statistics_of_shard(inputs, shard, sums_hidden and sum_hidden, "auto", chunk_bytes, chunk_bytes)
+        of_shard = statistics_of_shard(inputs, shard, sums_hidden, "auto", chunk_bytes, chunk_bytes)
         return known_sum(of_shard, coefficients, shift, inputs.mask)
     needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
     *operands, temperature, softcap, shift = inputs
