@@ -59,8 +59,7 @@ def checked_optimizers(check: Check, optimizer: Any) -> list[torch.optim.Optimiz
     inner = torch_optimizers(optimizer)
     counts = [len(inner)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        device = next((p.device for one in inner for group in one.param_groups for p in group["params"]), None)
-        mine = torch.tensor(len(inner), device=device or _device())
+        mine = torch.tensor(len(inner), device=_device())
         counts = collectives.gathered(mine, torch.distributed.group.WORLD).tolist()
     if not all(counts):
         raise check.type_error(
@@ -77,7 +76,7 @@ def checked_optimizers(check: Check, optimizer: Any) -> list[torch.optim.Optimiz
 
 
 def _device() -> torch.device:
-    """Where a rank without parameters has tensors that its process group can send."""
+    """Where a rank has tensors that its process group can send, whether it has parameters or their optimizer is on a CPU."""
     backend = torch.distributed.get_backend()
     return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
 
