@@ -161,6 +161,12 @@ def test_compiled_without_a_break(of_two: list[dict[str, Any]]) -> None:
 def test_refused_on_every_rank(of_two: list[dict[str, Any]]) -> None:
     for result in of_two:
         refused = result["refused"]
+        assert refused["sum without a shard"].startswith(
+            "ValueError: linear_token_stats: sum_hidden=False leaves d hidden as"
+        )
+        assert refused["sum of a number"].startswith(
+            "TypeError: linear_weighted_logp: sum_hidden must be a bool, got 1"
+        )
         assert refused["id"].startswith(
             "ValueError: token_stats: token_ids must lie in [0, 41) where the mask is true, got 41"
         )
@@ -168,12 +174,6 @@ def test_refused_on_every_rank(of_two: list[dict[str, Any]]) -> None:
         assert refused["group"].startswith("TypeError: token_stats: vocabulary must be a VocabularyShard or None")
         assert "torch.compile cannot trace a head whose vocabulary is shared" in refused["compiled head"]
         assert "SequenceGradients has no gradients by sequence of a head whose vocabulary is" in refused["deferred"]
-        assert refused["sum without a shard"].startswith(
-            "ValueError: linear_token_stats: sum_hidden=False leaves d hidden as"
-        )
-        assert refused["sum of a number"].startswith(
-            "TypeError: linear_weighted_logp: sum_hidden must be a bool, got 1"
-        )
 
 
 def test_no_token_counts(of_two: list[dict[str, Any]]) -> None:
