@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -239,7 +240,7 @@ def token_model() -> tuple[Any, Any]:
     settings = megatron.config()
     entries = megatron.padded(parallel_state.get_tensor_model_parallel_world_size())
     torch.manual_seed(2)
-    options: dict[str, Any] = {"config": settings, "init_method": torch.nn.init.normal_}
+    options: dict[str, Any] = {"config": settings, "init_method": functools.partial(torch.nn.init.normal_, std=0.3)}
     embedding = VocabParallelEmbedding(entries, H, **options)
     return embedding, ColumnParallelLinear(H, entries, bias=False, gather_output=False, **options)
 

@@ -55,7 +55,9 @@ def test_context_ranks(found: list[dict[str, Any]], name: str) -> None:
     """get_batch_on_this_cp_rank gives a rank two stretches of each sequence: segments do not care which."""
     for result in found:
         of = result[name]
+        assert 0.1 < float(of["ess_ratio"][1]) < 0.99
         for got, want in of["gradients"]:
+            assert float(want.abs().max()) > 1e-3
             torch.testing.assert_close(got, want, atol=BOUND * float(want.abs().max()), rtol=0.0)
         for field in ("ess_ratio", "baselines", "log_weights"):
             close(*of[field])
