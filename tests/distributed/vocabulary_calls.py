@@ -124,6 +124,12 @@ def _refused(rank: int) -> dict[str, str]:
     with vk.SequenceGradients(head):
         deferred = message(lambda: vk.linear_token_stats(x["hidden"], head.weight, x["ids"], vocabulary=shard))
     return {
+        "sum without a shard": message(
+            lambda: vk.linear_token_stats(x["hidden"], x["weight"], x["ids"], sum_hidden=False)
+        ),
+        "sum of a number": message(
+            lambda: vk.linear_weighted_logp(x["hidden"], weight, x["ids"], x["g"], vocabulary=shard, sum_hidden=1)  # type: ignore[arg-type]
+        ),
         "id": message(lambda: vk.token_stats(logits, ids, vocabulary=shard)),
         "head id": message(lambda: vk.linear_token_stats(x["hidden"], weight, ids, vocabulary=shard)),
         "group": message(lambda: vk.token_stats(logits, x["ids"], vocabulary=dist.group.WORLD)),  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from vcpo_kernels.head.chunks import CHUNK_BYTES
 from vcpo_kernels.head.kept_scores import fake_kept_rows, gradients_of, score_matrix, takes_fast
 from vcpo_kernels.head.operands import NEEDS, OPERANDS, Head, HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_, score_chunks, statistics_of
+from vcpo_kernels.head.summed_hidden import check_sum
 from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
 from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
@@ -44,6 +45,7 @@ def linear_token_stats(
     chunk_bytes: int = CHUNK_BYTES,
     fast_bytes: int | None = None,
     vocabulary: VocabularyShard | None = None,
+    sum_hidden: bool = True,
 ) -> TokenStats:
     """`token_stats(hidden @ weight.T + bias, token_ids, ...)`, without the logits in memory. Same statistics.
 
@@ -78,6 +80,9 @@ def linear_token_stats(
             `token_stats`; hidden and token_ids are whole and the same on all. One gather of 20 bytes a row forward, one
             all-reduce of d hidden backward. Recognised by itself where weight is a DTensor sharded by its rows and hidden a
             DTensor of the same mesh, replicated or sharded by tokens; all-gather and reduce-scatter are then DTensor's.
+        sum_hidden: whether the shards' parts of d hidden are added up here. False: they are where hidden was gathered, by the
+            backward of what gathered it (a reduce-scatter, as under Megatron's sequence parallelism). With `vocabulary` alone.
+            Both sums, or neither, are an error where hidden is seen to come from Megatron's functions.
 
     Returns:
         TokenStats, each field in the shape of token_ids.
@@ -101,8 +106,10 @@ def linear_token_stats(
     if fast_bytes is not None:
         fast_bytes = check.integer("fast_bytes", fast_bytes, 0)
     shard = check_shard(check, vocabulary)
+    check_sum(check, hidden, sum_hidden, shard)
     parameters, deferral = (weight, bias), deferred.deferral_of(weight, bias)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
+    sums_hidden = sums_hidden and sum_hidden
     if shard is not None:
         refuse_shard(check, *parameters)
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)

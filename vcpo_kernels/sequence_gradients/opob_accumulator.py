@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.parallel.slices import is_slice
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.aggregation import aggregation_scale
 from vcpo_kernels.sequences.log_weights import sequence_log_weights, usable_below
@@ -89,6 +90,11 @@ class OPOBAccumulator:
             CHECK.tensor("params", p, fix="Pass model.parameters(), not named_parameters().")
             if hasattr(p, "full_tensor"):
                 raise CHECK.type_error("params holds a DTensor, of whose gradient this rank has a part only.")
+            if is_slice(p):
+                raise CHECK.type_error(
+                    "params holds slices of Megatron's tensor parallelism, of whose gradients this rank has a part only. Take "
+                    'vcpo_loss with VCPOConfig(score_norm="logit").'
+                )
         self._params = [p for p in given if p.requires_grad]
         if not self._params:
             raise CHECK.value_error(f"params must hold parameters that require a gradient, got {len(given)} without.")
