@@ -19,7 +19,7 @@ from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred as _deferred
 from vcpo_kernels.parallel.averaging import average_gradients
-from vcpo_kernels.sequence_gradients import ownership
+from vcpo_kernels.sequence_gradients import local_factors, ownership
 from vcpo_kernels.sequence_gradients.capture import Capture
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product
 from vcpo_kernels.sequence_gradients.graph import Graph, graph_of
@@ -82,6 +82,7 @@ class SequenceGradients:
         self._model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._parameters = Parameters(self._model)
         check_model(CHECK, self._model)
+        self._parameters.find_parts(CHECK)
         CHECK.choice("check", check, ownership.CHECKS)
         self._check = check
         self._names = self._parameters.names
@@ -196,7 +197,8 @@ class SequenceGradients:
             zeros = torch.zeros(count, dtype=torch.float64, device=device)
             for name in self._names.values():
                 parts.setdefault(name, []).append(found.get(name, zeros).to(device))
-        return {name: torch.cat(norms) for name, norms in parts.items()}
+        norms = {name: torch.cat(of_batches) for name, of_batches in parts.items()}
+        return self._parameters.over_parts(Check(f"{WHERE}.squared_norms"), norms)
 
     @torch.no_grad()
     def accumulate_(self, coefficients: Tensor) -> None:
@@ -250,12 +252,14 @@ class SequenceGradients:
     def _record(self, capture: Capture, x: Tensor, grad: Tensor) -> None:
         owners, site = self._owners_now(capture.name), capture.name or type(capture.module).__name__
         with torch.no_grad():
+            weight = self._parameters.part(capture.module, "weight")
+            x, grad = local_factors.laid_out(capture.rule, weight, x, grad)
             if self._probe is not None:
                 self._probe.see(site, owners, grad)
                 if self._probe.weighs:
                     return
             into = {name: self._gradient_of(self._parameters.at(capture.module, name)) for name in capture.deferred}
-            capture.rule.record(capture.module, site, owners, x, grad, into)
+            local_factors.record(capture.rule, capture.module, site, owners, x, grad, into, weight)
 
     def _record_head(self, parameters: tuple[Tensor, Tensor | None], lead: tuple[int, ...], use: HeadUse) -> None:
         site = "linear_token_stats (of hidden states whole, with shift=True)"
