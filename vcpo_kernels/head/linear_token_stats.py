@@ -21,8 +21,7 @@ from vcpo_kernels.head.chunks import CHUNK_BYTES
 from vcpo_kernels.head.kept_scores import gradients_of, score_matrix, takes_fast
 from vcpo_kernels.head.operands import Head, HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_, score_chunks, statistics_of
-from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
-from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
+from vcpo_kernels.head.vocabulary_shards import refuse_graph, statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
 from vcpo_kernels.rows.token_stats import TokenStats
@@ -105,12 +104,13 @@ def linear_token_stats(
     parameters, deferral = (weight, bias), deferred.deferral_of(weight, bias)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
     if shard is not None:
-        refuse_shard(check, *parameters)
+        refuse_graph(check)
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
-    if shard is not None:
-        outputs: tuple[Tensor, ...] = statistics_of_shard(inputs, shard, sums_hidden, memory, chunk_bytes, fast_bytes)
-    elif deferral is not None:
-        outputs = deferral.linear_token_stats(parameters, *inputs, memory, chunk_bytes, fast_bytes)
+    if deferral is not None:
+        options = (shard, sums_hidden, memory, chunk_bytes, fast_bytes)
+        outputs: tuple[Tensor, ...] = deferral.linear_token_stats(parameters, *inputs, *options)
+    elif shard is not None:
+        outputs = statistics_of_shard(inputs, shard, sums_hidden, memory, chunk_bytes, fast_bytes)
     else:
         needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
         outputs = op(*inputs, memory, chunk_bytes, fast_bytes, *needs)

@@ -21,7 +21,7 @@ from vcpo_kernels.head.chunks import CHUNK_BYTES, rows_per_chunk
 from vcpo_kernels.head.linear_token_stats import NEEDS, fake_gradients
 from vcpo_kernels.head.operands import Head, HeadInputs, Needs, at_positions
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_chunks, statistics_of
-from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
+from vcpo_kernels.head.vocabulary_shards import refuse_graph
 from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows import known_gradient
@@ -89,7 +89,7 @@ def linear_weighted_logp(
     shard = check_shard(check, vocabulary)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
     if shard is not None:
-        refuse_shard(check, weight, bias)
+        refuse_graph(check)
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
     coefficients = checked_coefficients(check, coefficients, inputs.token_ids, inputs.hidden)
     if shard is not None:

@@ -15,7 +15,6 @@ from vcpo_kernels.core import registry
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import needs_grad, no_autocast
 from vcpo_kernels.core.library import first_derivative_only
-from vcpo_kernels.head import deferred
 from vcpo_kernels.head.accumulate import HeadGradients
 from vcpo_kernels.head.chunks import row_chunks
 from vcpo_kernels.head.kept_scores import gradients_of, score_matrix, takes_fast
@@ -28,17 +27,11 @@ from vcpo_kernels.rows.shard_states import MergedStatistics
 from vcpo_kernels.rows.statistics import RowStatistics
 
 
-def refuse(check: Check, weight: Tensor, bias: Tensor | None) -> None:
-    """What has no shards: graphs, and gradients by sequence."""
+def refuse_graph(check: Check) -> None:
     if torch.compiler.is_compiling():
         raise check.runtime_error(
             "torch.compile cannot trace a head whose vocabulary is shared. Make the logits and give them to token_stats with "
             "vocabulary=, or call this outside of the compiled function (torch.compiler.disable)."
-        )
-    if deferred.deferral_of(weight, bias) is not None:
-        raise check.runtime_error(
-            "SequenceGradients has no gradients by sequence of a head whose vocabulary is shared (vocabulary=, or a DTensor "
-            "weight). Leave it to one whole weight, or take the norms of score_sqnorm."
         )
 
 
@@ -77,7 +70,7 @@ def statistics_of_shard(
     return RowStatistics(*_LinearTokenStats.apply(*inputs, *call))
 
 
-def _part(inputs: HeadInputs, shard: VocabularyShard) -> HeadInputs:
+def part_of(inputs: HeadInputs, shard: VocabularyShard) -> HeadInputs:
     """Without the entries that are padding, ids counted from the shard's first."""
     width = shard.width(len(inputs.weight))
     bias = None if inputs.bias is None else inputs.bias[:width]
@@ -107,11 +100,12 @@ def _states(head: Head, rows: slice, logits: Tensor) -> Tensor:
     return states[:, 0]
 
 
-def _forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    inputs = HeadInputs(*arguments[:8])
-    shard, _, needs, memory, chunk_bytes, fast_bytes = arguments[8:]
+def forward(
+    inputs: HeadInputs, shard: VocabularyShard, needs: Needs, memory: str, chunk_bytes: int, fast_bytes: int | None
+) -> tuple[MergedStatistics, Tensor, Tensor]:
+    """Statistics in the shape of token_ids, and the positions of the computed rows with what is kept of them."""
     views.check_ids("linear_token_stats", inputs.token_ids, inputs.mask, shard.size, inputs.shift)
-    part = _part(inputs, shard)
+    part = part_of(inputs, shard)
     positions = part.computed_positions()
     head = part.gathered(positions)
     with no_autocast(inputs.hidden):
@@ -122,10 +116,15 @@ def _forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         if logits is not None:
             rows_of_shards.write_scores(logits, head.token_ids + shard.start, head.mask, merged, head.settings, shard)
             kept = logits if needs.parameters else logits @ head.weight
-    outputs = [part.scattered(s, positions) for s in merged]
-    every = part.every_position() if positions is None else positions
-    ctx.save_for_backward(*inputs[:5], *outputs, every, kept)
-    return tuple(outputs[: len(RowStatistics._fields)])
+    outputs = MergedStatistics(*(part.scattered(s, positions) for s in merged))
+    return outputs, part.every_position() if positions is None else positions, kept
+
+
+def _forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    shard, _, *options = arguments[8:]
+    merged, positions, kept = forward(HeadInputs(*arguments[:8]), shard, *options)
+    ctx.save_for_backward(*arguments[:5], *merged, positions, kept)
+    return merged[: len(RowStatistics._fields)]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -141,7 +140,7 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
     *tensors, positions, kept = ctx.saved_tensors
     inputs, merged = HeadInputs(*tensors[:5], *ctx.settings), MergedStatistics(*tensors[5:])
     saved = (merged.logp, merged.entropy, merged.lse, merged.target_logit)
-    d = gradients_of(_part(inputs, shard), saved, positions, kept, grad_logp, grad_entropy, chunk_bytes, needs)
+    d = gradients_of(part_of(inputs, shard), saved, positions, kept, grad_logp, grad_entropy, chunk_bytes, needs)
     hidden = d.hidden
     if needs.hidden and sums_hidden:
         hidden = collectives.summed(hidden, shard.group)

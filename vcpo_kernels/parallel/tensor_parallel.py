@@ -55,6 +55,15 @@ def whole(tensor: Any) -> Tensor:
     return local
 
 
+def on_all_ranks(tensor: Any, mesh: Any) -> Any:
+    """Activations that every rank has whole, as the DTensor that says so, by which the ranks' gradients are added up."""
+    if hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+
+
 def part_of(parameter: Any, gathers_data: bool) -> Part | None:
     """What a rank has of a DTensor while its module works. None: all of it, and no rank shares the work.
 

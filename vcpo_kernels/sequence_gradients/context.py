@@ -239,11 +239,16 @@ class SequenceGradients:
 
     def linear_token_stats(self, parameters: tuple[Tensor, Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
         hidden, weight, bias, *rest = arguments
+        shard = rest[5]  # after the other operands: token_ids, mask, temperature, softcap, shift
         lead = tuple(hidden.shape[:-1])
 
         def record(use: HeadUse) -> None:
             self._record_head(parameters, lead, use)
 
+        if shard is not None:
+            for own in (self._parameters.own(p) for p in parameters if p is not None):
+                if own is not None:
+                    self._parameters.note_vocabulary(own, shard.group)
         deferred = [p for p in parameters if p is not None and self.defers(p)]
         detached = None if bias is None else bias.detach()
         outputs: tuple[Tensor, ...] = DeferredHead.apply(record, hidden, weight.detach(), detached, *rest, *deferred)
