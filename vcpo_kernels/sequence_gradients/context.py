@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,21 @@ from vcpo_kernels.sequence_gradients.graph import Graph, graph_of
 from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
 from vcpo_kernels.sequence_gradients.model_checks import check_hooks, check_model, rules_of
 from vcpo_kernels.sequence_gradients.norms import squared_norms
+from vcpo_kernels.sequence_gradients.over_sequence_ranks import squared_norms_over
 from vcpo_kernels.sequence_gradients.parameters import Parameters
 from vcpo_kernels.sequence_gradients.row_owners import RowOwners
 from vcpo_kernels.sequences.segments import Segments, check_segments
 
 WHERE = "SequenceGradients"
 CHECK = Check(WHERE)
+
+
+class _Batch(NamedTuple):
+    """What one backward left. sequence_group: of ranks that have other tokens of its sequences."""
+
+    count: int
+    gradients: dict[Tensor, ParameterGradient]
+    sequence_group: Any
 
 
 class SequenceGradients:
@@ -95,7 +104,7 @@ class SequenceGradients:
         self._owners: RowOwners | None = None
         self._gradients: dict[Tensor, ParameterGradient] = {}
         self._probe: ownership.Probe | None = None
-        self._batches: list[tuple[int, dict[Tensor, ParameterGradient]]] = []
+        self._batches: list[_Batch] = []
 
     # --- the context -------------------------------------------------------------------------------------------------
 
@@ -166,14 +175,14 @@ class SequenceGradients:
         key = ownership.key_of(graph, self._owners)
         try:
             rounds = ownership.rounds(self._check, self._model, key, graph, segments.num_sequences)
-            if rounds := self._parameters.largest(rounds):
+            if rounds := self._parameters.largest(rounds, segments):
                 self._probe = ownership.Probe.of(graph, per_sequence, rounds)
                 self._probe.run_rounds(check, per_sequence, graph)
             per_sequence.sum().backward()
             if self._probe is not None:
-                self._probe.raise_if_mixed(check)
+                self._probe.raise_if_mixed(check, self._parameters.groups(segments))
                 ownership.remember(self._model, key)
-            self._batches.append((segments.num_sequences, self._gradients))
+            self._batches.append(_Batch(segments.num_sequences, self._gradients, segments.sequence_group))
         finally:
             self._owners, self._gradients, self._probe = None, {}, None
 
@@ -190,15 +199,19 @@ class SequenceGradients:
         """The terms of `squared_norms`, [B] float64 each, by the parameters' names in the model."""
         self._check_batches(Check(f"{WHERE}.squared_norms"))
         self._parameters.gather_heads()
-        parts: dict[str, list[Tensor]] = {}
-        device = next(iter(self._names)).device
-        for count, gradients in self._batches:
-            found = squared_norms(gradients.values())
-            zeros = torch.zeros(count, dtype=torch.float64, device=device)
-            for name in self._names.values():
-                parts.setdefault(name, []).append(found.get(name, zeros).to(device))
-        norms = {name: torch.cat(of_batches) for name, of_batches in parts.items()}
+        of_batches = [self._norms_of(batch) for batch in self._batches]
+        norms = {name: torch.cat([found[name] for found in of_batches]) for name in self._names.values()}
         return self._parameters.over_parts(Check(f"{WHERE}.squared_norms"), norms)
+
+    def _norms_of(self, batch: _Batch) -> dict[str, Tensor]:
+        """Of every parameter, on one device, over sequence ranks."""
+        if batch.sequence_group is not None:
+            uses = [(self._parameters.place_of(p), batch.gradients.get(p)) for p in self._parameters]
+            return squared_norms_over(batch.sequence_group, batch.count, uses)
+        device = next(iter(self._names)).device
+        found = squared_norms(batch.gradients.values())
+        zeros = torch.zeros(batch.count, dtype=torch.float64, device=device)
+        return {name: found.get(name, zeros).to(device) for name in self._names.values()}
 
     @torch.no_grad()
     def accumulate_(self, coefficients: Tensor) -> None:
@@ -217,12 +230,12 @@ class SequenceGradients:
         check = Check(f"{WHERE}.accumulate_")
         self._check_batches(check)
         check.tensor("coefficients", coefficients, checks.FLOAT_DTYPES)
-        counts = [count for count, _ in self._batches]
+        counts = [batch.count for batch in self._batches]
         check.shape("coefficients", coefficients, (sum(counts),), "the sequences since the last accumulate_")
         batches, self._batches = self._batches, []
         shares = [
-            (gradients, -part)
-            for (_, gradients), part in zip(batches, coefficients.detach().split(counts), strict=True)
+            (batch.gradients, -part)
+            for batch, part in zip(batches, coefficients.detach().split(counts), strict=True)
         ]
         self._parameters.gather_heads()
         for parameter in self._parameters:  # each one's factors are freed as soon as they are added

@@ -24,6 +24,8 @@ _FIXED = """
     UnsafeSplit UnsafeView Unsqueeze Var View Where
 """
 
+_KNOWN_FUNCTIONS = ("vcpo_kernels.", "torch.distributed.tensor.", "torch.distributed.nn.", "transformers.distributed.")
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -86,9 +88,9 @@ def graph_of(root: Tensor, batch: int) -> Graph:
 
 def _is_fixed(node: Any) -> bool:
     function = getattr(type(node), "_forward_cls", None)
-    if function is not None:  # this package's own work row by row
+    if function is not None:  # this package's own work row by row; what moves rows between ranks
         return bool(
-            function.__module__.startswith("vcpo_kernels.")
+            function.__module__.startswith(_KNOWN_FUNCTIONS)
             or function.__name__.startswith("GeneratedBackwardFor_vcpo_kernels_")
         )
     return node.name().rstrip("0123456789").removesuffix("Backward") in _FIXED.split()

@@ -19,6 +19,8 @@ from vcpo_kernels.parallel import collectives, fully_sharded, tensor_parallel
 from vcpo_kernels.parallel.tensor_parallel import Part
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient
 from vcpo_kernels.sequence_gradients.model_checks import parts_of
+from vcpo_kernels.sequence_gradients.over_sequence_ranks import Place
+from vcpo_kernels.sequences.segments import Segments
 
 
 class Parameters:
@@ -106,14 +108,26 @@ class Parameters:
         if parameter not in self._parts:
             self._vocabulary_groups[parameter] = group
 
-    def largest(self, number: int) -> int:
+    def groups(self, segments: Segments) -> list[Any]:
+        """Of ranks that work on the same sequences: their backwards are one, and so are their errors."""
+        of_parts = dict.fromkeys(part.group for part in self._parts.values())
+        heads = dict.fromkeys(self._vocabulary_groups.values())
+        own = [segments.sequence_group] if segments.sequence_group is not None else []
+        return list(dict.fromkeys([*of_parts, *heads, *own]))
+
+    def largest(self, number: int, segments: Segments) -> int:
         """The largest of the ranks' numbers, where a backward is one that all of them take part in."""
-        if self.mesh is None:
-            return number
-        value = torch.tensor(number, device=self.mesh.device_type)
-        for dimension in range(self.mesh.ndim):
-            dist.all_reduce(value, dist.ReduceOp.MAX, group=self.mesh.get_group(dimension))
-        return int(value)
+        groups = self.groups(segments)
+        if self.mesh is not None:
+            groups = list(dict.fromkeys([*(self.mesh.get_group(d) for d in range(self.mesh.ndim)), *groups]))
+        value = torch.tensor(number, device=segments.offsets.device)
+        for group in groups:
+            value = collectives.largest(value, group)
+        return int(value) if groups else number
+
+    def place_of(self, parameter: Tensor) -> Place:
+        shape = tensor_parallel.shape_of(parameter, self._parts.get(parameter))
+        return Place(self.names[parameter], shape, parameter.device)
 
     def over_parts(self, check: Check, norms: dict[str, Tensor]) -> dict[str, Tensor]:
         """Squared norms [B] of whole parameters, from those of this rank's parts. One all-reduce over each group.
