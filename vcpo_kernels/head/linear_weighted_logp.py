@@ -21,8 +21,7 @@ from vcpo_kernels.head.chunks import CHUNK_BYTES, rows_per_chunk
 from vcpo_kernels.head.linear_token_stats import NEEDS, fake_gradients
 from vcpo_kernels.head.operands import Head, HeadInputs, Needs, at_positions
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_chunks, statistics_of
-from vcpo_kernels.head.vocabulary_shards import refuse_graph
-from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
+from vcpo_kernels.head.vocabulary_shards import refuse_graph, statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows import known_gradient
 from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics

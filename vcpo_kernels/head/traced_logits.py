@@ -87,14 +87,15 @@ class TracedLogits:
         """The same of a weight of which this rank has some rows, the others of its mesh the rest, for the same tokens."""
         if not is_sharded_in(weight, 0):
             raise RuntimeError(
-                f"patch_head: the head's weight is a DTensor with placements {weight.placements}, wanted one split once, by its "
-                "rows (ColwiseParallel). Use token_stats on the model's logits."
+                f"patch_head: the head's weight is a DTensor with placements {weight.placements}, wanted one split once, by "
+                "its rows (ColwiseParallel). Use token_stats on the model's logits."
             )
-        if not hasattr(self.hidden, "full_tensor") or self.hidden.device_mesh != weight.device_mesh:
+        hidden: Any = self.hidden
+        if not hasattr(hidden, "full_tensor") or hidden.device_mesh != weight.device_mesh:
             raise RuntimeError(
                 "patch_head: the head's weight is a DTensor, of which this rank has a part, and nothing says that the other "
-                "ranks have the same tokens. Under tensor parallelism put the head into the plan (ColwiseParallel); under FSDP2 "
-                "call the module that fully_shard was given, and patch a model inside of it."
+                "ranks have the same tokens. Under tensor parallelism put the head into the plan (ColwiseParallel); under "
+                "FSDP2 call the module that fully_shard was given, and patch a model inside of it."
             )
         if self._is_adapter or len(self._columns) > 1 or self.entries != slice(0, len(weight)):
             raise self._refused("an adapter or a slice, where ranks share its vocabulary,")

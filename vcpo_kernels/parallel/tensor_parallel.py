@@ -1,11 +1,13 @@
 """Tensor parallelism: which part of a parameter a rank has while its module works, and the activations beside it.
 
-Layer: process groups. Parameters are DTensors: torch's `parallelize_module` and transformers' `tp_plan` both leave them so. Under
-FSDP2 as well, the last dimension of their mesh is the one that their modules work on; the others are gathered.
+Layer: process groups. Parameters are DTensors, as torch's `parallelize_module` and transformers' `tp_plan` leave them.
+Under FSDP2 as well, the last dimension of their mesh is the one that their modules work on; the others are gathered.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 
 from vcpo_kernels.parallel import fully_sharded
 
-_TRANSFORMERS = "transformers.distributed.tensor_parallel"  # each style puts a `tp_forward` around a module's own forward
+_TRANSFORMERS = (
+    "transformers.distributed.tensor_parallel"  # each style puts a `tp_forward` around a module's own forward
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Part:
 def whole(tensor: Any) -> Tensor:
     """All of a DTensor of activations, on every rank; a plain tensor as it is."""
     if not hasattr(tensor, "full_tensor"):
-        return tensor  # type: ignore[no-any-return]
+        plain: Tensor = tensor
+        return plain
     from torch.distributed.tensor import Replicate
 
     local: Tensor = tensor.redistribute(tensor.device_mesh, [Replicate()] * tensor.device_mesh.ndim).to_local()
@@ -124,11 +129,12 @@ def local_gradient(parameter: Any) -> tuple[Tensor, bool]:
 
 def style_of(module: nn.Module) -> str | None:
     """The name of the style whose forward transformers has put around this module's; None: none."""
-    forward = module.__dict__.get("forward")
+    forward: Any = module.__dict__.get("forward")
     if not _is_styled(forward):
         return None
     style = _variables(forward).get("self")
-    return forward.__qualname__.partition(".")[0] if style is None else type(style).__name__
+    name: str = forward.__qualname__.partition(".")[0] if style is None else type(style).__name__
+    return name
 
 
 def forward_inside(module: nn.Module) -> Any:
@@ -161,3 +167,17 @@ def group_of_heads(module: nn.Module) -> Any:
 def sums_gradients(hook: Any) -> bool:
     """Whether this hook on a parameter is transformers', which adds up the ranks' parts of its gradient."""
     return getattr(hook, "__qualname__", "").startswith("ReplicatedWithGradAllReduce.")
+
+
+@contextlib.contextmanager
+def without_sums(parameters: Iterable[Any]) -> Iterator[None]:
+    """Inside, these hooks are not called: autograd does, in a backward that forms no gradient of the parameter either."""
+    taken = []
+    for parameter in parameters:
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+        taken += [(hooks, key, hooks.pop(key)) for key, hook in list(hooks.items()) if sums_gradients(hook)]
+    try:
+        yield
+    finally:
+        for hooks, key, hook in taken:
+            hooks[key] = hook

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred as _deferred
+from vcpo_kernels.parallel import tensor_parallel
 from vcpo_kernels.parallel.averaging import average_gradients
 from vcpo_kernels.sequence_gradients import local_factors, ownership
 from vcpo_kernels.sequence_gradients.capture import Capture
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product
 from vcpo_kernels.sequence_gradients.graph import Graph, graph_of
 from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
-from vcpo_kernels.sequence_gradients.model_checks import check_hooks, check_model, rules_of
+from vcpo_kernels.sequence_gradients.model_checks import check_hooks, check_logits, check_model, rules_of
 from vcpo_kernels.sequence_gradients.norms import squared_norms
 from vcpo_kernels.sequence_gradients.over_sequence_ranks import squared_norms_over
 from vcpo_kernels.sequence_gradients.parameters import Parameters
@@ -38,7 +39,7 @@ CHECK = Check(WHERE)
 class _Batch(NamedTuple):
     """What one backward left. sequence_group: of ranks that have other tokens of its sequences."""
 
-    count: int
+    sequences: int
     gradients: dict[Tensor, ParameterGradient]
     sequence_group: Any
 
@@ -117,8 +118,9 @@ class SequenceGradients:
             raise RuntimeError(
                 f"{WHERE}: since it was made, parameters of the model were frozen, unfrozen or replaced. Make a new one."
             )
-        check_hooks(CHECK, self._names)
         with contextlib.ExitStack() as exits:
+            exits.enter_context(tensor_parallel.without_sums(self._names))
+            check_hooks(CHECK, self._names)
             self._averages = self._ddp is not None and bool(self._ddp.require_backward_grad_sync)
             if self._ddp is not None:
                 exits.enter_context(self._ddp.no_sync())
@@ -175,7 +177,8 @@ class SequenceGradients:
         key = ownership.key_of(graph, self._owners)
         try:
             rounds = ownership.rounds(self._check, self._model, key, graph, segments.num_sequences)
-            if rounds := self._parameters.largest(rounds, segments):
+            rounds = rounds if self._check == "never" else self._parameters.largest(rounds, segments)
+            if rounds:
                 self._probe = ownership.Probe.of(graph, per_sequence, rounds)
                 self._probe.run_rounds(check, per_sequence, graph)
             per_sequence.sum().backward()
@@ -207,10 +210,10 @@ class SequenceGradients:
         """Of every parameter, on one device, over sequence ranks."""
         if batch.sequence_group is not None:
             uses = [(self._parameters.place_of(p), batch.gradients.get(p)) for p in self._parameters]
-            return squared_norms_over(batch.sequence_group, batch.count, uses)
+            return squared_norms_over(batch.sequence_group, batch.sequences, uses)
         device = next(iter(self._names)).device
         found = squared_norms(batch.gradients.values())
-        zeros = torch.zeros(batch.count, dtype=torch.float64, device=device)
+        zeros = torch.zeros(batch.sequences, dtype=torch.float64, device=device)
         return {name: found.get(name, zeros).to(device) for name in self._names.values()}
 
     @torch.no_grad()
@@ -230,12 +233,11 @@ class SequenceGradients:
         check = Check(f"{WHERE}.accumulate_")
         self._check_batches(check)
         check.tensor("coefficients", coefficients, checks.FLOAT_DTYPES)
-        counts = [batch.count for batch in self._batches]
+        counts = [batch.sequences for batch in self._batches]
         check.shape("coefficients", coefficients, (sum(counts),), "the sequences since the last accumulate_")
         batches, self._batches = self._batches, []
         shares = [
-            (batch.gradients, -part)
-            for batch, part in zip(batches, coefficients.detach().split(counts), strict=True)
+            (batch.gradients, -part) for batch, part in zip(batches, coefficients.detach().split(counts), strict=True)
         ]
         self._parameters.gather_heads()
         for parameter in self._parameters:  # each one's factors are freed as soon as they are added
@@ -341,6 +343,7 @@ class SequenceGradients:
                     "(a value head, a module around it): its gradient would be summed without coefficients. Pass the module "
                     "that holds all of them to SequenceGradients, or freeze it (requires_grad_(False))."
                 )
+        check_logits(check, self._rules, graph.shard_widths, self._parameters.part)
 
     def _check_active(self, check: Check) -> None:
         if self not in _deferred.active:

@@ -1,7 +1,7 @@
 """A module's input and output gradient as this rank's part of its parameters wants them, under tensor parallelism.
 
-Layer: tokens. A weight split by its outputs has its own columns of the output gradient and the whole input; one split by its inputs
-the other way round. What every rank has whole takes both whole: those that sequence parallelism splits by tokens are gathered.
+Layer: tokens. A weight split by its outputs has its own columns of the output gradient and the whole input; one split by its
+inputs the other way round. What every rank has whole takes both whole: what sequence parallelism splits by tokens is gathered.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ def laid_out(rule: Rule, weight: Part | None, x: Tensor, grad: Tensor) -> tuple[
 
 
 def record(
-    rule: Rule, module: nn.Module, site: str, owners: RowOwners, x: Tensor, grad: Tensor, into: Gradients, weight: Part | None
+    rule: Rule,
+    module: nn.Module,
+    site: str,
+    owners: RowOwners,
+    x: Tensor,
+    grad: Tensor,
+    into: Gradients,
+    weight: Part | None,
 ) -> None:
     """What the rule makes of them, of this rank's part of the parameters. x, grad: as `laid_out` has them."""
     group = tensor_parallel.group_of_heads(module)

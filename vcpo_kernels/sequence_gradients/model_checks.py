@@ -5,6 +5,7 @@ Layer: parameters. What is refused here would give a number that is not the grad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +46,13 @@ def check_model(check: Check, model: nn.Module) -> None:
 
 _WHOLE = "whole parameters are needed. Use FSDP2 (fully_shard), which is handled, or DistributedDataParallel."
 # Styles of transformers' tp_plan under which a module's output gradient is whole, or its own part of it.
-_STYLES = ("ColwiseParallel", "RowwiseParallel", "EmbeddingParallel", "ReplicatedWithGradAllReduce", "TensorParallelLayer")
+_STYLES = (
+    "ColwiseParallel",
+    "RowwiseParallel",
+    "EmbeddingParallel",
+    "ReplicatedWithGradAllReduce",
+    "TensorParallelLayer",
+)
 
 
 def parts_of(check: Check, model: nn.Module, units: dict[nn.Module, Any]) -> dict[Tensor, Part]:
@@ -84,10 +91,10 @@ def _part_of(check: Check, at: str, parameter: Any, gathers_data: bool) -> Part 
         return tensor_parallel.part_of(parameter, gathers_data)
     except ValueError:
         raise check.type_error(
-            f"parameter {at!r} is a DTensor with placements {parameter.placements} on a mesh {tuple(parameter.device_mesh.shape)}, "
-            "of which no gradients by sequence are known. Known are fully_shard's, tensor parallelism's over one dimension "
-            "of the mesh, whole or split once (ColwiseParallel, RowwiseParallel, SequenceParallel), and both together on a mesh "
-            "with names, tensor parallelism last."
+            f"parameter {at!r} is a DTensor with placements {parameter.placements} on a mesh "
+            f"{tuple(parameter.device_mesh.shape)}, of which no gradients by sequence are known. Known are "
+            "fully_shard's, tensor parallelism's over one dimension of the mesh, whole or split once (ColwiseParallel, RowwiseParallel, SequenceParallel), and both together on a "
+            "mesh with names, tensor parallelism last."
         ) from None
 
 
@@ -103,8 +110,8 @@ def _check_parts(check: Check, prefix: str, module: nn.Module, parts: dict[Tenso
     if any(p is not None and p.requires_grad for p in module._parameters.values()):
         raise check.type_error(
             f"{prefix} ({type(module).__name__}) has a weight split in dimension {weight.dim}"
-            f"{'' if bias is None else f' and a bias {_layout(bias)}'}, of which no gradients by sequence are known. Wanted is what "
-            "ColwiseParallel or RowwiseParallel makes of a Linear or an Embedding."
+            f"{'' if bias is None else f' and a bias {_layout(bias)}'}, of which no gradients by sequence are known. Wanted is "
+            "what ColwiseParallel or RowwiseParallel makes of a Linear or an Embedding."
         )
 
 
@@ -117,8 +124,8 @@ def check_hooks(check: Check, names: dict[Tensor, str]) -> None:
     for p, name in names.items():
         hooks = (*(p._backward_hooks or {}).values(), *(getattr(p, "_post_accumulate_grad_hooks", None) or {}).values())
         if not all(
-            getattr(hook, "only_watches", False) or tensor_parallel.sums_gradients(hook) for hook in hooks
-        ):  # as EssLearningRate's, which looks by itself too; transformers', whose sum is taken here
+            getattr(hook, "only_watches", False) for hook in hooks
+        ):  # as EssLearningRate's, which looks by itself too
             raise check.runtime_error(
                 f"parameter {name!r} has a hook that autograd calls with its gradient (register_hook, "
                 "register_post_accumulate_grad_hook), which no backward forms here: norms and accumulate_ would be without it. "
@@ -126,7 +133,10 @@ def check_hooks(check: Check, names: dict[Tensor, str]) -> None:
             )
 
 
-def rules_of(check: Check, model: nn.Module) -> list[tuple[nn.Module, str, Rule, tuple[str, ...]]]:
+Captured = tuple[nn.Module, str, Rule, tuple[str, ...]]
+
+
+def rules_of(check: Check, model: nn.Module) -> list[Captured]:
     """Each module with trainable parameters of its own: module, name, rule, names of those parameters."""
     found, problems = [], []
     for name, module in model.named_modules():
@@ -148,6 +158,20 @@ def rules_of(check: Check, model: nn.Module) -> list[tuple[nn.Module, str, Rule,
     if not found:
         raise check.value_error(f"{type(model).__name__} has no parameter that requires a gradient.")
     return found
+
+
+def check_logits(check: Check, rules: list[Captured], widths: frozenset[int], part: Callable[..., Part | None]) -> None:
+    """Raise where a plain weight may have made logits that hold a shard of the vocabulary. widths: of such logits."""
+    for module, name, rule, own in rules:
+        weight = module._parameters.get("weight")
+        if rule is not LINEAR or "weight" not in own or weight is None or part(module, "weight") is not None:
+            continue
+        if len(weight) in widths:
+            raise check.runtime_error(
+                f"the logits are a shard of the vocabulary (vocabulary=), and {name}, which may have made them, has a plain "
+                "weight: nothing says that other ranks have the rest of it. Make it a DTensor (parallelize_module with "
+                "ColwiseParallel), use the fused head with vocabulary=, or freeze it."
+            )
 
 
 def _is_compiled(module: nn.Module) -> bool:

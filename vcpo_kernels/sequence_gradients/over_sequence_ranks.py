@@ -1,8 +1,8 @@
 """Squared norms of sequences whose tokens several ranks have (context parallelism).
 
-Layer: tokens -> sequences. A gradient is the sum of the ranks' parts, whose cross terms the norm has: norms of the parts do not add
-up to it. So every rank is given all tokens of its share of a parameter's rows: left factors by an all-to-all, right factors
-gathered. Norms of such shares do add up.
+Layer: tokens -> sequences. A gradient is the sum of the ranks' parts, whose cross terms the norm has: norms of the parts do not
+add up to it. So every rank is given all tokens of its share of a parameter's rows: left factors by an all-to-all, right
+factors gathered. Norms of such shares do add up.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class _Header(NamedTuple):
 
     @staticmethod
     def of(numbers: list[int], sequences: int) -> _Header:
-        offsets = numbers[6:]
-        return _Header(*numbers[:6], offsets[: sequences + 1], offsets[sequences + 1 :])
+        whole, step, left, right, lookup, alike, *offsets = numbers
+        products, lookups = offsets[: sequences + 1], offsets[sequences + 1 :]
+        return _Header(whole, step, left, right, lookup, alike, products, lookups)
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class _Uses:
         return _Header(
             int(self.whole is not None),
             0 if product is None else max(product.left.step, 1),
-            -1 if product is None else _DTYPES.index(product.left.block(slice(0, 1)).dtype if product.left.width else product.right.dtype),
+            -1
+            if product is None
+            else _DTYPES.index(product.left.block(slice(0, 1)).dtype if product.left.width else product.right.dtype),
             -1 if product is None else _DTYPES.index(product.right.dtype),
             -1 if lookup is None else _DTYPES.index(lookup.right.dtype),
             alike,
@@ -92,12 +95,12 @@ def squared_norms_over(
     norms |= _norms_of_whole(group, sequences, own, headers)
     alike: dict[tuple[int, ...], list[int]] = {}
     for k, of_ranks in enumerate(headers):
-        if any(h.step or h.lookup >= 0 for h in of_ranks):
+        if any(h.product_offsets[-1] or h.lookup >= 0 for h in of_ranks):
             alike.setdefault(tuple(h.alike for h in of_ranks), []).append(k)
     shared: dict[str, Tensor] = {}
     for members in alike.values():
         rows = _Rows(group, [h.product_offsets for h in headers[members[0]]], device)
-        right = _right(rows, own[members[0]], headers[members[0]])
+        right = _right(rows, own[members[0]], headers[members[0]]) if any(rows.counts) else None
         found = squared_norms([_shares(rows, right, own[k], headers[k]) for k in members])
         shared |= {name: n.to(device) for name, n in found.items()}
     if shared:
@@ -121,9 +124,7 @@ def _headers(group: Any, sequences: int, own: list[_Uses]) -> list[list[_Header]
     return [[_Header.of(of_rank[k], sequences) for of_rank in every] for k in range(len(own))]
 
 
-def _norms_of_whole(
-    group: Any, sequences: int, own: list[_Uses], headers: list[list[_Header]]
-) -> dict[str, Tensor]:
+def _norms_of_whole(group: Any, sequences: int, own: list[_Uses], headers: list[list[_Header]]) -> dict[str, Tensor]:
     """Of gradients that are kept whole: those of all ranks are added up first, in one all-reduce."""
     members = [u for u, of_ranks in zip(own, headers, strict=True) if any(h.whole for h in of_ranks)]
     if not members:
@@ -195,13 +196,13 @@ def _factor(own: _Uses, factor: Tensor | None, dtypes: list[int]) -> Tensor:
     return torch.empty(0, width, dtype=_DTYPES[max(*dtypes, 0)], device=own.place.device)
 
 
-def _shares(rows: _Rows, right: Tensor, own: _Uses, headers: list[_Header]) -> ParameterGradient:
+def _shares(rows: _Rows, right: Tensor | None, own: _Uses, headers: list[_Header]) -> ParameterGradient:
     """Of this rank's share of the parameter's rows, all tokens."""
     ranks, entries = len(headers), own.place.shape[0]
     width, rank = -(-entries // ranks), dist.get_rank(rows.group)
     found = ParameterGradient(own.place.name)
-    if any(h.step for h in headers):
-        step = max(1, min(h.step for h in headers if h.step) // ranks)
+    if right is not None:
+        step = -(-min(h.step for h in headers if h.step) // ranks)
         dtype = _DTYPES[max(h.left for h in headers)]
         nothing = Dense(torch.empty(0, entries, dtype=dtype, device=own.place.device))
         left: ByColumns = _Exchanged(nothing if own.product is None else own.product.left, rows, width, step, dtype)

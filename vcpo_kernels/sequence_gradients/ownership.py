@@ -152,8 +152,8 @@ class Probe:
             elsewhere = collectives.largest(elsewhere, group)
         if not found and groups and bool(elsewhere):
             raise check.runtime_error(
-                "another rank that works on these sequences has found rows that carry other sequences' gradients: its error says "
-                "where."
+                "another rank that works on these sequences has found rows that carry other sequences' gradients: its error "
+                "says where."
             )
         if not found:
             return

@@ -72,7 +72,7 @@ class RowOwners:
 
     def __post_init__(self) -> None:
         s = self.segments
-        equal = s.order is None and s.shape is not None and len(s.shape) == 2
+        equal = s.order is None and s.shape is not None and len(s.shape) == 2 and s.shape[1] > 0
         if equal:
             assert s.shape is not None
             end, longest = math.prod(s.shape), s.shape[1]
@@ -92,11 +92,11 @@ class RowOwners:
         tensors = [t.expand(*lead, t.shape[-1]) for t in (grad, *others)]
         if self.equal:
             return self._spans(per_token), [t.reshape(-1, t.shape[-1]) for t in tensors]
-        tokens = [t.reshape(-1, per_token, t.shape[-1]) for t in tensors]
+        tokens = [t.reshape(math.prod(lead) // max(per_token, 1), per_token, t.shape[-1]) for t in tensors]
         order = self.segments.order
         self.check_unassigned(site, tokens[0][self.end :] if order is None else tokens[0][order[self.end :]])
         kept = [t[: self.end] if order is None else t[order[: self.end]] for t in tokens]
-        return self._spans(per_token), [t.reshape(-1, t.shape[-1]) for t in kept]
+        return self._spans(per_token), [t.flatten(0, 1) for t in kept]
 
     def sort_by_sequence(self, positions: Tensor) -> tuple[Tensor, Spans]:
         """Of flat token positions [M]: the permutation that sorts them by sequence, and its spans.
