@@ -92,8 +92,8 @@ def _part_of(check: Check, at: str, parameter: Any, gathers_data: bool) -> Part 
     except ValueError:
         raise check.type_error(
             f"parameter {at!r} is a DTensor with placements {parameter.placements} on a mesh "
-            f"{tuple(parameter.device_mesh.shape)}, of which no gradients by sequence are known. Known are fully_shard's, tensor "
-            "parallelism's over one dimension of the mesh, whole or split once (ColwiseParallel, RowwiseParallel, "
+            f"{tuple(parameter.device_mesh.shape)}, of which no gradients by sequence are known. Known are fully_shard's, "
+            "tensor parallelism's over one dimension of the mesh, whole or split once (ColwiseParallel, RowwiseParallel, "
             "SequenceParallel), and both together on a mesh with names, tensor parallelism last."
         ) from None
 

@@ -14,11 +14,13 @@ from trl.trainer import grpo_trainer
 import vcpo_kernels as vk
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations._idle import IdleWatch
+from vcpo_kernels.parallel import fully_sharded
 
 
 def check_support(trainer: Any) -> None:
     """Raise ValueError for a launcher, model or adapter that VCPOTrainer does not support."""
     check = Check(type(trainer).__name__)
+    check_whole(type(trainer).__name__, getattr(trainer, "model", None))
     if trainer.is_deepspeed_enabled:
         raise check.value_error(
             "DeepSpeed is not supported: its engine steps inside backward, before the window's rate is known. "
@@ -38,6 +40,20 @@ def check_support(trainer: Any) -> None:
             raise check.value_error(
                 f"score_norm='exact' does not work with this model. Set score_norm='logit'. {error}"
             ) from error
+
+
+def check_whole(where: str, model: Any) -> None:
+    """Raise ValueError where other ranks have the rest of this model's parameters, and the same sequences."""
+    if not isinstance(model, nn.Module):  # a name, which TRL loads
+        return
+    units = fully_sharded.units_of(model)
+    for name, module in model.named_modules():
+        if module not in units and any(hasattr(p, "full_tensor") for p in module._parameters.values()):
+            raise Check(where).value_error(
+                f"{name} has parameters that are split over ranks (tensor parallelism, tp_plan), which then have the same "
+                "sequences: a window counts every rank's. Load the model whole and launch with DDP or FSDP2, "
+                "or write the loop: docs/parallel.md has one to copy."
+            )
 
 
 @contextlib.contextmanager
