@@ -40,7 +40,8 @@ FACTOR_NAMES = re.compile("logit|soft_?cap|lm_head|output_multiplier|output_scal
 class HeadOutput:
     """What a patched model returns: logits = softcap(scale * (hidden @ weight.T + bias)), not yet computed.
 
-    hidden: [.., H], what the head was given (a model's `logits_to_keep` is honoured). weight: [V, H]. bias: [V] or None.
+    hidden: [.., H], what the head was given (a model's `logits_to_keep` is honoured). weight: [V, H]. bias: [V] or None. Under
+    tensor parallelism all three are DTensors, of which the methods take this rank's part.
     softcap: c of c tanh(z / c), or None. model_output: the model's own output (cache, router losses, hidden states),
     with `logits` None. Where FSDP2 or ZeRO-3 shards the head, weight and bias are None: the methods gather them, on all
     ranks.
@@ -322,9 +323,10 @@ def patch_head(model: nn.Module) -> PatchedHead:
 
     Raises:
         TypeError: the head is no plain nn.Linear (a quantised head computes something else); or its weight is a part of itself
-            (a DTensor) and not FSDP2's or ZeRO-3's, which is gathered wherever the head was put.
+            and not FSDP2's or ZeRO-3's, which is gathered wherever the head was put, nor a DTensor.
         ValueError: the model is patched already; or, in its forward, `labels` were given.
-        RuntimeError: in the forward, where the model does something else to its logits, by name.
+        RuntimeError: in the forward, where the model does something else to its logits, by name; or its weight is a DTensor
+            that tensor parallelism (ColwiseParallel, transformers' `tp_plan`) has not split by its rows.
 
     >>> import torch, vcpo_kernels as vk
     >>> from types import SimpleNamespace

@@ -58,6 +58,11 @@ class SequenceGradients:
     this rank's sequences, and one parameter's whole gradient exists at a time. A fused head wants the hidden states whole
     (`shift=True`), so that its rows are the batch's.
 
+    Ranks may share sequences too, and then make every call. Under tensor parallelism (`parallelize_module`, transformers'
+    `tp_plan`, with FSDP2 or without) squared norms add over a parameter's parts. With segments of a `sequence_group`, whose
+    ranks have other tokens, norms are of whole sequences, and `accumulate_` leaves this rank's share of the gradient, to be
+    summed over that group (docs/parallel.md).
+
     >>> import torch, vcpo_kernels as vk
     >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
     >>> ids, rewards = torch.randint(0, 7, (4, 5)), torch.tensor([1.0, 0.0, 0.0, 1.0])
@@ -81,7 +86,7 @@ class SequenceGradients:
 
     Raises:
         TypeError: model is no module, is compiled, or its parameters are replicated by a module inside, or sharded by others
-            than FSDP2 (tensor parallelism, FSDP1, ZeRO-3, CPU offload).
+            than FSDP2 and tensor parallelism (FSDP1, ZeRO-3, CPU offload), or in a way that no rule is known for.
         ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any, whole.
     """
 
@@ -153,8 +158,8 @@ class SequenceGradients:
 
         Args:
             per_sequence: [B], each entry a function of its own sequence: `segments.sum(stats.logp)` for log pi(y_i).
-            segments: the sequences of the batch that the model was called with, whole: whose row is whose is read off it,
-                the mask is not.
+            segments: the sequences of the batch that the model was called with, whole, or with a `sequence_group` this rank's
+                part of them: whose row is whose is read off it, the mask is not.
 
         Raises:
             TypeError, ValueError: naming the argument. RuntimeError: a module whose rows cannot be told apart by sequence, or
