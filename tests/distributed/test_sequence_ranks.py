@@ -15,6 +15,7 @@ from tests.distributed import sharded_models as models
 from tests.distributed import shared_models
 from tests.distributed.counting import collectives
 from tests.distributed.shared_models import B, Step, T, assert_same
+from tests.distributed.test_tensor_parallel import FIRST, parallel
 from tests.distributed.vocabulary_calls import message
 from tests.sequence_gradients.models import VOCABULARY, token_model
 
@@ -174,9 +175,60 @@ def test_mixed_rows_are_an_error_on_every_rank(of_two: list[dict[str, Any]]) -> 
     assert "another rank that works on these sequences has found rows" in second
 
 
+def with_data_ranks(tied: bool, head: str, mesh: Any) -> dict[str, Any]:
+    """FSDP2 over both dimensions; rows of this data rank, tokens of this sequence rank."""
+    from torch.distributed.fsdp import fully_shard
+
+    group, flat = mesh["cp"].get_group(), mesh["dp", "cp"]._flatten()
+    model = shared_models.made(tied, True, group)
+    for module in (model.attention, model.norm, model.last):
+        fully_shard(module, mesh=flat)
+    fully_shard(model, mesh=flat)
+    first = mesh.get_local_rank("dp") * B // 2
+    rows = slice(first, first + B // 2)
+    mine = {name: values[rows] for name, values in shared_models.batch().items()}
+    at = torch.arange(T).tensor_split(2)[mesh.get_local_rank("cp")]
+    return STEPS[head].run(model, part(mine, at), group, at, factor=4) | {"rows": rows}
+
+
+def with_tensor_parallelism(plan: str, head: str, mesh: Any) -> dict[str, Any]:
+    group, at = mesh["cp"].get_group(), torch.arange(T).tensor_split(2)[mesh.get_local_rank("cp")]
+    found = STEPS[head].run(parallel(plan, mesh["tp"]), part(shared_models.batch(), at), group)
+    for gradient in found["gradients"].values():
+        dist.all_reduce(gradient, group=group)
+    return found
+
+
+def on_four(rank: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    data = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    parts = init_device_mesh("cpu", (2, 2), mesh_dim_names=("cp", "tp"))
+    found = on_ranks(rank, (5,)) | {f"dp, {case}": with_data_ranks(*case, data) for case in CASES}
+    return found | {f"{plan}, {head}": with_tensor_parallelism(plan, head, parts) for plan in FIRST for head in STEPS}
+
+
 @pytest.fixture(scope="module")
 def of_four() -> list[dict[str, Any]]:
-    return ranks.run(on_ranks, 4, (5,))
+    return ranks.run(on_four, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_with_fsdp2_over_data_and_sequence_ranks(of_four: list[dict[str, Any]], case: tuple[bool, str]) -> None:
+    want = of_attention(*case, None)
+    for result in of_four:
+        assert_same(result[f"dp, {case}"], want, BOUND, result[f"dp, {case}"]["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", STEPS)
+@pytest.mark.parametrize("plan", FIRST)
+def test_with_tensor_parallelism(of_four: list[dict[str, Any]], plan: str, head: str) -> None:
+    """Exchanged are the factors of a parameter's part; its norms add over both dimensions."""
+    want = STEPS[head].run(shared_models.made(), shared_models.batch())
+    for result in of_four:
+        assert_same(result[f"{plan}, {head}"], want, BOUND)
 
 
 @pytest.mark.slow

@@ -328,7 +328,7 @@ def test_what_is_refused(of_two: list[dict[str, Any]]) -> None:
 TWO_DIMENSIONS = [(plan, units) for plan in ("vocabulary", "sequence parallel") for units in ("root", "each")]
 
 
-def on_four(rank: int) -> dict[str, Any]:
+def on_four(rank: int, folder: str) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -344,12 +344,24 @@ def on_four(rank: int) -> dict[str, Any]:
             fully_shard(model, mesh=mesh["dp"])
             mine = {name: values[rows] for name, values in x.items()}
             found[f"{plan}, {units}, {head}"] = Step(head, 2).run(model, mine, factor=2)
-    return found | {"rows": rows}
+    return found | {"rows": rows, "transformers": of_distributed_config(folder)}
+
+
+def of_distributed_config(folder: str) -> dict[str, Any]:
+    """transformers' own FSDP2 around its tensor parallelism."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_plan="auto", tp_size=2, fsdp_size=2)
+    options = {"attn_implementation": "eager", "distributed_config": config}
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/qwen3", **options).train()
+    x, first = token_batch(), dist.get_rank() // 2 * B // 2
+    return Step("fast").run(model, {name: v[first : first + B // 2] for name, v in x.items()}, factor=2)
 
 
 @pytest.fixture(scope="module")
-def of_four() -> list[dict[str, Any]]:
-    return ranks.run(on_four, 4)
+def of_four(folder: str) -> list[dict[str, Any]]:
+    return ranks.run(on_four, 4, folder)
 
 
 @pytest.mark.slow
@@ -367,3 +379,10 @@ def test_fsdp2_with_tensor_parallelism(of_four: list[dict[str, Any]], plan: str,
     want = Step(head).run(shared_models.made(), shared_models.batch())
     for result in of_four:
         assert_same(result[f"{plan}, {units}, {head}"], want, BOUND, result["rows"])
+
+
+@pytest.mark.slow
+def test_transformers_fsdp_with_its_plan(of_four: list[dict[str, Any]], folder: str) -> None:
+    want = Step("fast").run(hugging_face("qwen3", folder, None), token_batch())
+    for result in of_four:
+        assert_same(result["transformers"], want, BOUND, result["rows"])

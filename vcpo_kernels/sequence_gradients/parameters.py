@@ -186,17 +186,18 @@ def _add_all(grad: Tensor | None, parts: list[tuple[ParameterGradient, Tensor]],
 
 # What differs between ranks that all have it whole: the order of a sum's additions. A part of a gradient differs in its size.
 _ALIKE = 0.05
+_NOISE = 1e-10  # of all squared norms: rounding, where the gradient itself is 0
 
 
 def _check_alike(check: Check, names: list[str], mean: Tensor, square: Tensor) -> None:
     """mean, square [K, B]: of the ranks' norms and of their squares."""
     spread = (square - mean.square()).clamp(min=0).sqrt()
-    differ = (spread > _ALIKE * mean).any(1)
+    differ = ((spread > _ALIKE * mean) & (mean > _NOISE * mean.sum(0))).any(1)
     if bool(differ.any()):
         name = names[int(differ.nonzero()[0])]
         raise check.runtime_error(
             f"the gradient of parameter {name!r}, which every rank has whole, is not the same on the ranks of the tensor "
-            "parallel group: each has a part of it (a norm over heads or tokens that are split), and nothing says so. Put "
-            "its module into the plan: SequenceParallel(sequence_dim=...) of parallelize_module, or transformers' "
-            "'replicated_with_grad_allreduce'."
+            "parallel group: each has a part of it (a norm over heads or tokens that are split), and nothing says so, or "
+            "dropout draws other masks on each. Put its module into the plan: SequenceParallel(sequence_dim=...) of "
+            "parallelize_module, or transformers' 'replicated_with_grad_allreduce'."
         )
