@@ -120,10 +120,21 @@ def mixed(rank: int) -> str:
     return message(call)
 
 
+def accumulated(rank: int) -> str:
+    """OPOBAccumulator takes the norm of what this rank's tokens leave."""
+    x, model = part(shared_models.batch(), torch.arange(T).tensor_split(dist.get_world_size())[rank]), token_model()
+    opob = vk.OPOBAccumulator(model.parameters(), vk.VCPOConfig(num_sequences=2))
+    opob.start_group(torch.tensor([1.0, 0.0]))
+    stats = vk.token_stats(model(x["ids"][:1]), x["labels"][:1], x["mask"][:1])
+    segments = vk.Segments.padded(x["mask"][:1], sequence_group=dist.group.WORLD)
+    return message(lambda: opob.backward(stats, stats.logp.detach(), segments))
+
+
 def on_ranks(rank: int, lengths: tuple[int, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {f"{case}": of_attention(*case, rank) for case in CASES}
     found |= {f"{layout}, {n}": uneven(layout, n, rank) for layout in LAYOUTS for n in lengths}
-    return found | {"counts": counts(rank), "mixed": mixed(rank), "bf16": uneven("padded", 8, rank, torch.bfloat16)}
+    found |= {"counts": counts(rank), "mixed": mixed(rank), "accumulated": accumulated(rank)}
+    return found | {"bf16": uneven("padded", 8, rank, torch.bfloat16)}
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +184,11 @@ def test_mixed_rows_are_an_error_on_every_rank(of_two: list[dict[str, Any]]) -> 
     first, second = (result["mixed"] for result in of_two)
     assert "do not carry the gradient of per_sequence" in first
     assert "another rank that works on these sequences has found rows" in second
+
+
+def test_the_accumulator_refuses_parts(of_two: list[dict[str, Any]]) -> None:
+    for result in of_two:
+        assert result["accumulated"].startswith("ValueError: OPOBAccumulator.backward: segments have a sequence_group")
 
 
 def with_data_ranks(tied: bool, head: str, mesh: Any) -> dict[str, Any]:

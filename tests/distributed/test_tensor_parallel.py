@@ -113,17 +113,16 @@ class Heads(nn.Module):
 
 
 class Head(nn.Module):
-    """A head that a Megatron-like loop holds a plain part of, hidden states being a leaf's."""
+    """A head that a Megatron-like loop holds a plain part of: 7 rows of 13, the last rank's last one padding."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
         torch.manual_seed(2)
-        whole = torch.randn(14, 4)
-        self.table, self.head = nn.Embedding(14, 4), nn.Linear(4, 7, bias=False)
+        self.whole = torch.randn(13, 4)
+        self.table, self.head = nn.Embedding(13, 4), nn.Linear(4, 7, bias=False)
         with torch.no_grad():
-            self.table.weight.copy_(torch.randn(14, 4))
-            self.head.weight.copy_(whole[7 * rank : 7 * rank + 7])
-        self.whole = whole
+            self.table.weight.copy_(torch.randn(13, 4))
+            self.head.weight.copy_(torch.cat([self.whole, torch.ones(1, 4)])[7 * rank : 7 * rank + 7])
 
 
 def refusals(mesh: Any) -> dict[str, str]:
@@ -145,7 +144,7 @@ def refusals(mesh: Any) -> dict[str, str]:
 
     def plain_logits() -> None:
         model = Head(dist.get_rank())
-        shard = vk.VocabularyShard.even(dist.group.WORLD, 7)
+        shard = vk.VocabularyShard.even(dist.group.WORLD, 7, 13)
         segments = vk.Segments.padded(torch.ones(2, 3))
         with vk.SequenceGradients(model) as grads:
             stats = vk.token_stats(model.head(model.table(ids)), ids, vocabulary=shard)
@@ -171,13 +170,13 @@ def refusals(mesh: Any) -> dict[str, str]:
 
 def plain_shard(rank: int) -> dict[str, Any]:
     """linear_token_stats with vocabulary= and a plain part of the weight, as Megatron has it."""
-    model, ids = Head(rank), torch.randint(0, 14, (3, 4), generator=torch.Generator().manual_seed(4))
+    model, ids = Head(rank), torch.randint(0, 13, (3, 4), generator=torch.Generator().manual_seed(4))
     segments, c = vk.Segments.padded(torch.ones(3, 4)), torch.tensor([1.0, -2.0, 0.5])
     found = []
     for whole in (False, True):
         if whole:
             model.head.weight = nn.Parameter(model.whole)
-        shard = None if whole else vk.VocabularyShard.even(dist.group.WORLD, 7)
+        shard = None if whole else vk.VocabularyShard.even(dist.group.WORLD, 7, 13)
         with vk.SequenceGradients(model) as grads:
             hidden = model.table(ids)
             stats = vk.linear_token_stats(hidden, model.head.weight, ids, vocabulary=shard, memory="lean")
@@ -186,9 +185,10 @@ def plain_shard(rank: int) -> dict[str, Any]:
             grads.accumulate_(c)
         found.append({"norms": norms, "gradients": models.gradients_of(model)})
         model.zero_grad()
-    part, whole_ = found
-    whole_["gradients"]["head.weight"] = whole_["gradients"]["head.weight"][7 * rank : 7 * rank + 7]
-    return {"got": part, "want": whole_}
+    part, want = found
+    padded = torch.cat([want["gradients"]["head.weight"], torch.zeros(1, 4)])
+    want["gradients"]["head.weight"] = padded[7 * rank : 7 * rank + 7]
+    return {"got": part, "want": want}
 
 
 # --- the ranks ------------------------------------------------------------------------------------------------------------

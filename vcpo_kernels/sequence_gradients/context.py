@@ -20,6 +20,7 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred as _deferred
 from vcpo_kernels.parallel import tensor_parallel
 from vcpo_kernels.parallel.averaging import average_gradients
+from vcpo_kernels.parallel.ranks import size_of
 from vcpo_kernels.sequence_gradients import local_factors, ownership
 from vcpo_kernels.sequence_gradients.capture import Capture
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product
@@ -213,7 +214,7 @@ class SequenceGradients:
 
     def _norms_of(self, batch: _Batch) -> dict[str, Tensor]:
         """Of every parameter, on one device, over sequence ranks."""
-        if batch.sequence_group is not None:
+        if size_of(batch.sequence_group) > 1:
             uses = [(self._parameters.place_of(p), batch.gradients.get(p)) for p in self._parameters]
             return squared_norms_over(batch.sequence_group, batch.sequences, uses)
         device = next(iter(self._names)).device
