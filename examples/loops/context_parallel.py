@@ -17,7 +17,7 @@ import vcpo_kernels as vk
 from examples.loops import launch, rollouts
 from examples.loops.small_model import small_model
 
-STEPS, PROMPTS_PER_STEP = 3, 8  # prompts; each has rollouts.SAMPLES responses
+STEPS, PROMPTS_PER_STEP = 4, 8  # prompts; each has rollouts.SAMPLES responses
 
 
 def piece(batch: rollouts.Batch, processes: int, rank: int) -> rollouts.Batch:

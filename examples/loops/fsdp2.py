@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 import vcpo_kernels as vk
 from examples.loops import launch, rollouts
 
-STEPS, PROMPTS_PER_STEP = 3, 8  # prompts; each has rollouts.SAMPLES responses
+STEPS, PROMPTS_PER_STEP = 4, 8  # prompts; each has rollouts.SAMPLES responses
 
 
 def train() -> tuple[torch.nn.Module, list[dict[str, float]]]:

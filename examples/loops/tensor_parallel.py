@@ -26,7 +26,7 @@ import vcpo_kernels as vk
 from examples.loops import launch, rollouts
 from examples.loops.small_model import LAYERS, small_model
 
-STEPS, PROMPTS_PER_STEP = 3, 8  # prompts; each has rollouts.SAMPLES responses
+STEPS, PROMPTS_PER_STEP = 4, 8  # prompts; each has rollouts.SAMPLES responses
 
 
 def plan() -> dict[str, Any]:

@@ -35,7 +35,7 @@ def of_two() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", LOOPS)
 def test_two_ranks_are_one_process(of_two: list[dict[str, Any]], name: str) -> None:
     want = of_loop(name)
-    assert len(want["history"]) == 3
+    assert len(want["history"]) == 4
     for result in of_two:
         got = result[name]
         for parameter, values in want["model"].items():
