@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import vcpo_kernels as vk
 from tests import ranks
 from tests.distributed import sharded_models as models
-from tests.distributed import shared_models, vocabulary_calls
+from tests.distributed import shared_models, tensor_parallel_calls
 from tests.distributed.counting import collectives
 from tests.distributed.shared_models import B, Step, assert_gradients, assert_same
 from tests.head import tiny_models
@@ -96,101 +96,6 @@ def plain_step(model: Any, head: str) -> dict[str, Any]:
     return found | {name: getattr(stats, name).detach() for name in ("entropy", "score_sqnorm", "lse")}
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------------
-
-
-class Heads(nn.Module):
-    """A norm over heads that are split, and of which the plan says nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.up, self.down = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)
-        self.norm = nn.RMSNorm(2)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.up(self.table(ids))
-        return self.down(self.norm(x.unflatten(-1, (-1, 2))).flatten(-2))
-
-
-class Head(nn.Module):
-    """A head that a Megatron-like loop holds a plain part of: 7 rows of 13, the last rank's last one padding."""
-
-    def __init__(self, rank: int) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.whole = torch.randn(13, 4)
-        self.table, self.head = nn.Embedding(13, 4), nn.Linear(4, 7, bias=False)
-        with torch.no_grad():
-            self.table.weight.copy_(torch.randn(13, 4))
-            self.head.weight.copy_(torch.cat([self.whole, torch.ones(1, 4)])[7 * rank : 7 * rank + 7])
-
-
-def refusals(mesh: Any) -> dict[str, str]:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    ids = torch.randint(0, 9, (2, 3))
-    heads = parallelize_module(Heads(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
-    norm = shared_models.made()
-    norm.norm.weight = nn.Parameter(distribute_tensor(norm.norm.weight.detach(), mesh, [Shard(0)]))
-    rowwise = parallelize_module(shared_models.made(), mesh, {"head": RowwiseParallel(input_layouts=Replicate())})
-    x = shared_models.batch()
-
-    def of_heads() -> None:
-        segments = vk.Segments.padded(torch.ones(2, 3))
-        with vk.SequenceGradients(heads) as grads:
-            grads.backward(segments.sum(vk.token_stats(heads(ids), ids).logp), segments)
-            grads.squared_norms()
-
-    def plain_logits() -> None:
-        model = Head(dist.get_rank())
-        shard = vk.VocabularyShard.even(dist.group.WORLD, 7, 13)
-        segments = vk.Segments.padded(torch.ones(2, 3))
-        with vk.SequenceGradients(model) as grads:
-            stats = vk.token_stats(model.head(model.table(ids)), ids, vocabulary=shard)
-            grads.backward(segments.sum(stats.logp), segments)
-
-    def fused(model: Any) -> Any:
-        with vk.patch_head(model):
-            return model(x["ids"])
-
-    whole, undeclared = shared_models.made(), shared_models.made()
-    for model, placement in ((whole, Replicate()), (undeclared, Shard(0))):
-        model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [placement]))
-    message = vocabulary_calls.message
-    return {
-        "norm over heads": message(of_heads),
-        "split norm": message(lambda: vk.SequenceGradients(norm)),
-        "plain logits": message(plain_logits),
-        "rowwise head": message(lambda: fused(rowwise)),
-        "whole head": message(lambda: fused(whole)),
-        "undeclared head": message(lambda: fused(undeclared)),
-    }
-
-
-def plain_shard(rank: int) -> dict[str, Any]:
-    """linear_token_stats with vocabulary= and a plain part of the weight, as Megatron has it."""
-    model, ids = Head(rank), torch.randint(0, 13, (3, 4), generator=torch.Generator().manual_seed(4))
-    segments, c = vk.Segments.padded(torch.ones(3, 4)), torch.tensor([1.0, -2.0, 0.5])
-    found = []
-    for whole in (False, True):
-        if whole:
-            model.head.weight = nn.Parameter(model.whole)
-        shard = None if whole else vk.VocabularyShard.even(dist.group.WORLD, 7, 13)
-        with vk.SequenceGradients(model) as grads:
-            hidden = model.table(ids)
-            stats = vk.linear_token_stats(hidden, model.head.weight, ids, vocabulary=shard, memory="lean")
-            grads.backward(segments.sum(stats.logp), segments)
-            norms = grads.squared_norms_by_parameter()
-            grads.accumulate_(c)
-        found.append({"norms": norms, "gradients": models.gradients_of(model)})
-        model.zero_grad()
-    part, want = found
-    padded = torch.cat([want["gradients"]["head.weight"], torch.zeros(1, 4)])
-    want["gradients"]["head.weight"] = padded[7 * rank : 7 * rank + 7]
-    return {"got": part, "want": want}
-
-
 # --- the ranks ------------------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +129,11 @@ def on_two(rank: int, folder: str) -> dict[str, Any]:
 
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     found = on_ranks(rank, FIRST) | of_hugging_face(rank, folder, SOME)
-    return found | {"counts": counts(mesh), "refused": refusals(mesh), "plain shard": plain_shard(rank)}
+    return found | {
+        "counts": counts(mesh),
+        "refused": tensor_parallel_calls.refusals(mesh),
+        "plain shard": tensor_parallel_calls.plain_shard(rank),
+    }
 
 
 def of_hugging_face(rank: int, folder: str, cases: tuple[tuple[str, str, str], ...]) -> dict[str, Any]:
@@ -323,6 +232,35 @@ def test_what_is_refused(of_two: list[dict[str, Any]]) -> None:
         assert "nothing says that the other ranks have the same tokens" in said["undeclared head"]
 
 
+# --- ranks without an entry -----------------------------------------------------------------------------------------------
+
+
+class Few(nn.Module):
+    """A vocabulary of 5: of four ranks the last has none of it. (torch's own embedding takes no empty part.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.table, self.head = nn.Embedding(5, 8), nn.Linear(8, 5)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, ids: Tensor) -> Any:
+        from transformers.modeling_outputs import CausalLMOutput
+
+        return CausalLMOutput(logits=self.head(self.table(ids)))
+
+
+def few(head: str, mesh: Any) -> dict[str, Any]:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    x = shared_models.batch()
+    x |= {name: x[name] % 5 for name in ("ids", "labels")}
+    plan = {"head": ColwiseParallel(use_local_output=False)}
+    return Step(head).run(Few() if mesh is None else parallelize_module(Few(), mesh, plan), x)
+
+
 # --- with FSDP2 -----------------------------------------------------------------------------------------------------------
 
 TWO_DIMENSIONS = [(plan, units) for plan in ("vocabulary", "sequence parallel") for units in ("root", "each")]
@@ -333,6 +271,8 @@ def on_four(rank: int, folder: str) -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
     found = on_ranks(rank, PLANS)
+    every = init_device_mesh("cpu", (4,), mesh_dim_names=("tp",))
+    found |= {f"few, {head}": few(head, every) for head in HEADS}
     mesh, x = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")), shared_models.batch()
     rows = slice(mesh.get_local_rank("dp") * B // 2, (mesh.get_local_rank("dp") + 1) * B // 2)
     for plan, units in TWO_DIMENSIONS:
@@ -370,6 +310,14 @@ def of_four(folder: str) -> list[dict[str, Any]]:
 def test_four_ranks(of_four: list[dict[str, Any]], plan: str, head: str) -> None:
     """Of 23 entries of the vocabulary and 12 tokens; the last rank's parts are smaller."""
     check_plan(of_four, plan, head)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_ranks_without_an_entry(of_four: list[dict[str, Any]], head: str) -> None:
+    want = few(head, None)
+    for result in of_four:
+        assert_same(result[f"few, {head}"], want, BOUND)
 
 
 @pytest.mark.slow
