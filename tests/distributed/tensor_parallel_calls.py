@@ -1,4 +1,4 @@
-"""What tensor parallelism leaves a rank with that SequenceGradients or patch_head refuses, and a plain part of a head's weight."""
+"""What SequenceGradients and patch_head refuse under tensor parallelism, and a plain part of a head's weight."""
 
 from __future__ import annotations
 
