@@ -42,6 +42,8 @@ class Head(nn.Module):
 def refusals(mesh: Any) -> dict[str, str]:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.placement_types import _StridedShard
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
     ids = torch.randint(0, 9, (2, 3))
     heads = parallelize_module(Heads(), mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
@@ -71,8 +73,13 @@ def refusals(mesh: Any) -> dict[str, str]:
     whole, undeclared = shared_models.made(), shared_models.made()
     for model, placement in ((whole, Replicate()), (undeclared, Shard(0))):
         model.head.weight = nn.Parameter(distribute_tensor(model.head.weight.detach(), mesh, [placement]))
-    message = vocabulary_calls.message
+    styled, packed, message = shared_models.made(), shared_models.made(), vocabulary_calls.message
+    ALL_PARALLEL_STYLES["all_reduce"].install_forward(styled.down, mesh)
+    strided = distribute_tensor(packed.up.weight.detach(), mesh, [_StridedShard(0, split_factor=2)])
+    packed.up.weight = nn.Parameter(strided)
     return {
+        "style": message(lambda: vk.SequenceGradients(styled)),
+        "packed": message(lambda: vk.SequenceGradients(packed)),
         "norm over heads": message(of_heads),
         "split norm": message(lambda: vk.SequenceGradients(norm)),
         "plain logits": message(plain_logits),

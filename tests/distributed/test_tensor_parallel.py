@@ -226,6 +226,8 @@ def test_what_is_refused(of_two: list[dict[str, Any]]) -> None:
         assert said["split norm"].startswith(
             "TypeError: SequenceGradients: norm (LayerNorm) has a weight split in dimension 0"
         )
+        assert "down is under transformers' tensor parallel style AllReduceParallel" in said["style"]
+        assert "parameter 'up.weight' is a DTensor with placements (_StridedShard" in said["packed"]
         assert "head, which may have made them, has a plain weight" in said["plain logits"]
         for name in ("rowwise head", "whole head"):
             assert "wanted one split once, by its rows (ColwiseParallel)" in said[name]
