@@ -172,7 +172,6 @@ def test_refused_on_every_rank(of_two: list[dict[str, Any]]) -> None:
         )
         assert refused["head id"].startswith("ValueError: linear_token_stats: token_ids must lie in [0, 41)")
         assert refused["group"].startswith("TypeError: token_stats: vocabulary must be a VocabularyShard or None")
-        assert "SequenceGradients has no gradients by sequence of a head whose vocabulary is" in refused["deferred"]
 
 
 def test_no_token_counts(of_two: list[dict[str, Any]]) -> None:

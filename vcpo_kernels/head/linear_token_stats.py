@@ -22,7 +22,6 @@ from vcpo_kernels.head.kept_scores import fake_kept_rows, gradients_of, score_ma
 from vcpo_kernels.head.operands import NEEDS, OPERANDS, Head, HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_, score_chunks, statistics_of
 from vcpo_kernels.head.summed_hidden import check_sum
-from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
 from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
@@ -110,13 +109,12 @@ def linear_token_stats(
     parameters, deferral = (weight, bias), deferred.deferral_of(weight, bias)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
     sums_hidden = sums_hidden and sum_hidden
-    if shard is not None:
-        refuse_shard(check, *parameters)
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
-    if shard is not None:
-        outputs: tuple[Tensor, ...] = statistics_of_shard(inputs, shard, sums_hidden, memory, chunk_bytes, fast_bytes)
-    elif deferral is not None:
-        outputs = deferral.linear_token_stats(parameters, *inputs, memory, chunk_bytes, fast_bytes)
+    if deferral is not None:
+        options = (shard, sums_hidden, memory, chunk_bytes, fast_bytes)
+        outputs: tuple[Tensor, ...] = deferral.linear_token_stats(parameters, *inputs, *options)
+    elif shard is not None:
+        outputs = statistics_of_shard(inputs, shard, sums_hidden, memory, chunk_bytes, fast_bytes)
     else:
         needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
         outputs = op(*inputs, memory, chunk_bytes, fast_bytes, *needs)

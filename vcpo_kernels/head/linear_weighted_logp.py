@@ -21,7 +21,6 @@ from vcpo_kernels.head.chunks import CHUNK_BYTES, rows_per_chunk
 from vcpo_kernels.head.operands import NEEDS, Head, HeadInputs, Needs, at_positions
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_chunks, statistics_of
 from vcpo_kernels.head.summed_hidden import check_sum
-from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
 from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows import known_gradient
@@ -91,8 +90,6 @@ def linear_weighted_logp(
     check_sum(check, hidden, sum_hidden, shard)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
     sums_hidden = sums_hidden and sum_hidden
-    if shard is not None:
-        refuse_shard(check, weight, bias)
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
     coefficients = checked_coefficients(check, coefficients, inputs.token_ids, inputs.hidden)
     if shard is not None:

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core import registry
-from vcpo_kernels.core.checks import Check, is_dtensor
+from vcpo_kernels.core.checks import is_dtensor
 from vcpo_kernels.core.dtypes import needs_grad, no_autocast, wide
 from vcpo_kernels.core.library import define_op
-from vcpo_kernels.head import deferred
 from vcpo_kernels.head.accumulate import HeadGradients, fake_gradients
 from vcpo_kernels.head.chunks import row_chunks
 from vcpo_kernels.head.kept_scores import fake_kept_rows, gradients_of, score_matrix, takes_fast
@@ -27,15 +26,6 @@ from vcpo_kernels.rows import views
 from vcpo_kernels.rows import vocabulary_shards as rows_of_shards
 from vcpo_kernels.rows.shard_states import NUMBERS
 from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
-
-
-def refuse(check: Check, weight: Tensor, bias: Tensor | None) -> None:
-    """Gradients by sequence, which have no shards."""
-    if deferred.deferral_of(weight, bias) is not None:
-        raise check.runtime_error(
-            "SequenceGradients has no gradients by sequence of a head whose vocabulary is shared (vocabulary=, or a DTensor "
-            "weight). Leave it to one whole weight, or take the norms of score_sqnorm."
-        )
 
 
 def taken_apart(
@@ -71,6 +61,21 @@ def statistics_of_shard(
         memory, fast_bytes = "auto", chunk_bytes
     if needs.hidden and sums_hidden:
         inputs = inputs._replace(hidden=collectives.copied(inputs.hidden, shard.group))
+    statistics, target_logit, entries, kept = forward(inputs, shard, needs, memory, chunk_bytes, fast_bytes)
+    *operands, temperature, softcap, shift = inputs
+    logp, entropy = _attach(
+        *operands, statistics.logp, statistics.entropy, statistics.lse, target_logit, entries, kept, temperature, softcap,
+        shift, chunk_bytes, *needs, shard.start, shard.size,
+    )  # fmt: skip
+    return statistics._replace(logp=logp, entropy=entropy)
+
+
+def forward(
+    inputs: HeadInputs, shard: VocabularyShard, needs: Needs, memory: str, chunk_bytes: int, fast_bytes: int | None
+) -> tuple[RowStatistics, Tensor, Tensor, Tensor]:
+    """Statistics and the sampled token's logit in the shape of token_ids, without gradient; the positions of the computed
+    rows, and what is kept of them.
+    """
     *operands, temperature, softcap, shift = inputs
     settings, place = (temperature, softcap, shift), (shard.start, shard.size)
     hidden, weight, bias, token_ids, mask = (t if t is None else t.detach() for t in operands)
@@ -81,18 +86,13 @@ def statistics_of_shard(
     *statistics, target_logit, product = _merge_op_(
         kept, weight, token_ids, mask, entries, every, *settings, *needs, *place
     )
-    merged = RowStatistics(*statistics)
-    logp, entropy = _attach(
-        *operands, merged.logp, merged.entropy, merged.lse, target_logit, entries, kept if needs.parameters else product,
-        *settings, chunk_bytes, *needs, *place,
-    )  # fmt: skip
-    return merged._replace(logp=logp, entropy=entropy)
+    return RowStatistics(*statistics), target_logit, entries, kept if needs.parameters else product
 
 
 # --- the states of a shard's rows ------------------------------------------------------------------------------------
 
 
-def _part(inputs: HeadInputs, start: int, size: int) -> HeadInputs:
+def part_of(inputs: HeadInputs, start: int, size: int) -> HeadInputs:
     """Without the entries that are padding, ids counted from the shard's first."""
     width = width_of(len(inputs.weight), start, size)
     bias = None if inputs.bias is None else inputs.bias[:width]
@@ -103,7 +103,7 @@ def _states_of_head(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = HeadInputs(*arguments[:8])
     memory, chunk_bytes, fast_bytes, *wanted, start, size = arguments[8:]
     views.check_ids("linear_token_stats", inputs.token_ids, inputs.mask, size, inputs.shift)
-    part = _part(inputs, start, size)
+    part = part_of(inputs, start, size)
     positions = part.computed_positions()
     head = part.gathered(positions)
     with no_autocast(inputs.hidden):
@@ -190,7 +190,7 @@ def _shard_gradients(*arguments: Any) -> tuple[Tensor, ...]:
     chunk_bytes, *wanted, start, size = arguments[16:]
     inputs, needs = HeadInputs(*arguments[:5], *arguments[13:16]), Needs(*wanted)
     saved = (logp, entropy, lse, target_logit)
-    part = _part(inputs, start, size)
+    part = part_of(inputs, start, size)
     d = gradients_of(part, saved, entries, kept, grad_logp, grad_entropy, chunk_bytes, needs)
     padding = len(inputs.weight) - len(part.weight)
     if padding == 0:

@@ -130,6 +130,25 @@ def gathered(value: Tensor, group: Any) -> Tensor:
     return out.view(ranks, *value.shape)
 
 
+def exchanged(pieces: Tensor, counts: list[int], group: Any) -> Tensor:
+    """pieces [W, R, K]: for each rank one. counts: R of every rank. Returns what all have for this one, [R of all, K]."""
+    ranks, size = len(counts), pieces.shape[2]
+    sent = pieces.contiguous().view(-1)
+    out = sent.new_empty(sum(counts) * size)
+    with _explained("the all-to-all", pieces):
+        dist.all_to_all_single(out, sent, [n * size for n in counts], [sent.numel() // ranks] * ranks, group=group)
+    return out.view(-1, size)
+
+
+def largest(value: Tensor, group: Any) -> Tensor:
+    """Entry by entry the largest of the ranks' tensors, on every rank. Not differentiable."""
+    out = value.detach().clone()
+    if size_of(group) > 1:
+        with _explained("the all-reduce", out):
+            dist.all_reduce(out, dist.ReduceOp.MAX, group=group)
+    return out
+
+
 @contextlib.contextmanager
 def _explained(what: str, value: Tensor) -> Iterator[None]:
     try:

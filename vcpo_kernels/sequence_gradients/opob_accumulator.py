@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.parallel.ranks import size_of
 from vcpo_kernels.parallel.slices import is_slice
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.aggregation import aggregation_scale
@@ -139,6 +140,11 @@ class OPOBAccumulator:
             )
         if len(group.norms) == len(group.rewards):
             raise check.value_error(f"all {len(group.rewards)} sequences of the group are in. Call finish_group().")
+        if size_of(segments.sequence_group) > 1:
+            raise check.value_error(
+                "segments have a sequence_group: this rank's gradient is of its own tokens, and norms of such parts do not add "
+                "up. Use SequenceGradients, which puts them together first."
+            )
         log_weight = sequence_log_weights(stats, behavior_logp, segments)
         length = self._keep(stats, behavior_logp, segments)
         norm = torch.zeros((), dtype=torch.float64, device=log_weight.device)
