@@ -11,7 +11,7 @@ import torch
 
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.parallel import collectives
-from vcpo_kernels.parallel.ranks import Ranks
+from vcpo_kernels.parallel.ranks import Ranks, world
 from vcpo_kernels.step_size import EssLearningRate
 
 
@@ -49,18 +49,15 @@ def ess_rates(optimizer: Any, rule: str = "sqrt", reference: float = 1.0) -> lis
     would wait for the others in the step.
     """
     check = Check("megatron.ess_rates")
-    inner = checked_optimizers(check, optimizer)
-    group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
-    return [EssLearningRate(one, rule, reference, group) for one in inner]
+    return [EssLearningRate(one, rule, reference, world()) for one in checked_optimizers(check, optimizer)]
 
 
 def checked_optimizers(check: Check, optimizer: Any) -> list[torch.optim.Optimizer]:
     """`torch_optimizers`, of which every rank must have as many, and one at least."""
     inner = torch_optimizers(optimizer)
     counts = [len(inner)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        mine = torch.tensor(len(inner), device=_device())
-        counts = collectives.gathered(mine, torch.distributed.group.WORLD).tolist()
+    if world() is not None:
+        counts = collectives.gathered(torch.tensor(len(inner), device=_device()), world()).tolist()
     if not all(counts):
         raise check.type_error(
             f"found no torch.optim.Optimizer inside {type(optimizer).__name__}"
