@@ -65,9 +65,14 @@ test-docs: setup  ## every command of the README and docs as printed, in a fresh
 	.venv-oldest/bin/python -m pip install --quiet "torch==$(OLDEST).*" numpy expecttest hypothesis "pytest>=8" pytest-benchmark
 	touch $@
 
-# The extension knows nothing of torch: the one that `setup` has built in place serves.
-test-ranks: setup  ## two and four gloo ranks: whatever crosses data and sequence ranks
-	$(PYTEST) tests/distributed
+# The extension knows nothing of torch: in .venv-oldest and .venv-ranks the one that `setup` has built in place serves.
+.venv-ranks/.installed: requirements-ranks.txt
+	$(PYTHON) -m venv .venv-ranks
+	.venv-ranks/bin/python -m pip install --quiet --requirement requirements-ranks.txt
+	touch $@
+
+test-ranks: setup .venv-ranks/.installed  ## two and four gloo ranks: whatever crosses ranks, with DeepSpeed and Megatron-core
+	.venv-ranks/bin/python -m pytest -q tests/distributed
 
 test-oldest: setup .venv-oldest/.installed  ## rows, heads, sequences, objectives and compilation with the oldest torch of pyproject.toml
 	.venv-oldest/bin/python -m pytest -q -p no:cacheprovider -m "not slow" tests/core tests/rows tests/sequences tests/objectives \
@@ -128,4 +133,4 @@ figures: setup  ## the README's tables and pictures from the committed results
 	$(BIN)/python -m benchmarks.figures
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-verl build *.egg-info vcpo_kernels/*.so
+	rm -rf $(VENV) .venv-oldest .venv-ranks .venv-verl build *.egg-info vcpo_kernels/*.so

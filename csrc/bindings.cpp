@@ -108,12 +108,11 @@ void bind_row_ops(py::module_& m) {
       py::arg("rows"), py::arg("tokens"), py::arg("scaling"), py::arg("statistics"), py::arg("place"));
   m.def(
       "token_states",
-      [](const Rows& rows, const Tokens& tokens, const Scaling& scaling, std::uintptr_t states, int threads) {
-        const py::gil_scoped_release release;
+      [](const Rows& rows, const Tokens& tokens, const Scaling& scaling, std::uintptr_t states, const Place& place) {
         const ShardStatesOut out{pointer<float>(states), rows.outer * rows.inner};
-        token_states(rows, tokens, scaling, out, CpuPlace{threads});
+        place.run([&](const auto& p) { token_states(rows, tokens, scaling, out, p); });
       },
-      py::arg("rows"), py::arg("tokens"), py::arg("scaling"), py::arg("states"), py::arg("threads"));
+      py::arg("rows"), py::arg("tokens"), py::arg("scaling"), py::arg("states"), py::arg("place"));
   m.def(
       "token_stats_backward",
       [](const Output& out, const Rows& rows, const Tokens& tokens, const Scaling& scaling,

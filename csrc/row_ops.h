@@ -25,6 +25,8 @@ void token_stats_forward(const Rows& rows, const Tokens& tokens, const Scaling& 
 // Of rows that are a shard of their vocabulary: ids count from its first entry, one outside lies in another shard.
 void token_states(const Rows& rows, const Tokens& tokens, const Scaling& scaling, const ShardStatesOut& states,
                   const CpuPlace& place);
+void token_states(const Rows& rows, const Tokens& tokens, const Scaling& scaling, const ShardStatesOut& states,
+                  const CudaPlace& place);
 
 // Writes every element of `out`.
 void token_stats_backward(const Output& out, const Rows& rows, const Tokens& tokens, const Scaling& scaling,

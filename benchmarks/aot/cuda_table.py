@@ -28,6 +28,8 @@ def readable(signature: str) -> str:
 
     >>> readable("void vcpo::token_stats_forward_kernel<vcpo::BulkStream<vcpo::BFloat16, 4, 4, 3>, true, 6>(vcpo::Rows)")
     'token_stats.forward[bulk, bf16, softcap]'
+    >>> readable("void vcpo::token_stats_forward_kernel<vcpo::BulkStream<float, 4, 4, 3>, false, 6, vcpo::ShardStatesOut>()")
+    'token_states[bulk, fp32]'
     """
     name = re.sub(r"^void |vcpo::|\(.*", "", signature)
     for long, short in _WORDS:
@@ -41,7 +43,8 @@ def readable(signature: str) -> str:
         return f"token_stats.backward[{', '.join(w for w in words if w)}]"
     path = "cluster" if "cluster" in name else name[name.index("<") + 1 :].split("Stream")[0].lower()
     words = [path, dtype[1], "softcap" * (flags[-1] == "true")]
-    op = "token_stats.forward" if name.startswith("token_stats") else "score_rows"
+    forward = "token_states" if "ShardStatesOut" in name else "token_stats.forward"
+    op = forward if name.startswith("token_stats") else "score_rows"
     return f"{op}[{', '.join(w for w in words if w)}]"
 
 
@@ -104,7 +107,7 @@ def _complaints_of(name: str, row: dict[str, Any]) -> list[str]:
         return found
     if row["load_bits"] < BITS and not row["bulk_copies"]:
         found.append(f"load_bits is {row['load_bits']}, {BITS} or a bulk copy wanted")
-    if row["store_bits"] < BITS and "forward" not in name:
+    if row["store_bits"] < BITS and not name.startswith(("token_stats.forward", "token_states")):
         found.append(f"store_bits is {row['store_bits']}, {BITS} wanted")
     return found
 

@@ -22,7 +22,7 @@ SHAPES = (
 
 
 def run_kernels(plan: Plan) -> None:
-    """Every backend's forward, backward and score_rows on every shape, and the sequence kernels."""
+    """Every backend's forward, states, backward and score_rows on every shape, and the sequence kernels."""
     import torch
 
     import vcpo_kernels as vk
@@ -39,6 +39,8 @@ def run_kernels(plan: Plan) -> None:
                 copy = type(x)(x.logits.clone(), x.token_ids, x.g)
                 with vk.use_backend(backend):
                     case.run(copy)
+            with vk.use_backend(backend):  # as a shard: of ids from the second entry on
+                torch.ops.vcpo_kernels.token_states(x.logits, x.token_ids, None, 1.0, None, False, 1, shape.vocabulary)
     sequences.make_sequences(plan.small, device).coefficients()
     if device.type == "cuda":
         torch.cuda.synchronize()

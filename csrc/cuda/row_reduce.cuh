@@ -6,6 +6,7 @@
 
 #include "../common/row_state.h"
 #include "../common/rows.h"
+#include "../common/shard_state.h"
 #include "device.cuh"
 #include "row_chunks.cuh"
 
@@ -112,6 +113,31 @@ VCPO_DEVICE RowSummary statistics_of(const RowState<float>& rest, const Target& 
   RowSummary stats = statistics_of(rest, value * s.scale, s.scale);
   if (!target.known) stats.forget_token();
   return stats;
+}
+
+// --- what a pass over a row leaves of it, by where that goes: statistics, or the state of a shard of the vocabulary
+// ---
+
+// The entry that stays out of the sums. -1, none, in a shard that does not hold the target; statistics, whose end puts
+// an entry back in any case, leave out some entry.
+VCPO_DEVICE std::int64_t left_out(const StatisticsOut&, const Target& target) { return target.y; }
+VCPO_DEVICE std::int64_t left_out(const ShardStatesOut&, const Target& target) { return target.known ? target.y : -1; }
+
+VCPO_DEVICE void leave_nothing(const StatisticsOut& out, std::int64_t at) { out.write(at, {}); }
+VCPO_DEVICE void leave_nothing(const ShardStatesOut& out, std::int64_t at) { out.write(at, empty_shard_state()); }
+
+template <bool kSoftcap>
+VCPO_DEVICE void leave_row(const StatisticsOut& out, std::int64_t at, const RowState<float>& rest, const Target& target,
+                           const RowScale& s) {
+  out.write(at, statistics_of<kSoftcap>(rest, target, s));
+}
+// In double, once a row: the reference is found again as a logit, and without a softcap to the bit.
+template <bool kSoftcap>
+VCPO_DEVICE void leave_row(const ShardStatesOut& out, std::int64_t at, const RowState<float>& rest,
+                           const Target& target, const RowScale& s) {
+  const double reference = static_cast<double>(rest.reference) * s.scale;
+  const RowState<double> state{reference, rest.sum_exp, rest.sum_centred, rest.sum_sq};
+  out.write(at, shard_state(state, s, target.known ? target.z : -INFINITY));
 }
 
 }  // namespace vcpo

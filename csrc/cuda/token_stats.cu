@@ -8,20 +8,20 @@
 namespace vcpo {
 namespace {
 
-template <class Stream, class SoftcapFlag>
+template <class Stream, class SoftcapFlag, class Out>
 void launch_forward(const Purpose& purpose, cudaStream_t stream, SoftcapFlag, const Tokens& tokens,
-                    const RowScale& scale, const StatisticsOut& statistics) {
+                    const RowScale& scale, const Out& out) {
   const Shape shape{Stream::kWarps, Stream::kSharedBytes + Stream::kWarps * sizeof(RowState<float>)};
-  launch(purpose, shape, stream, token_stats_forward_kernel<Stream, SoftcapFlag::value, kForwardBlocks>, purpose.rows,
-         tokens, scale, statistics);
+  launch(purpose, shape, stream, token_stats_forward_kernel<Stream, SoftcapFlag::value, kForwardBlocks, Out>,
+         purpose.rows, tokens, scale, out);
 }
 
-}  // namespace
-
-void token_stats_forward(const Rows& rows, const Tokens& tokens, const Scaling& scaling,
-                         const StatisticsOut& statistics, const CudaPlace& place) {
+// One pass over the rows, of which `out`, StatisticsOut or ShardStatesOut, says what it leaves.
+template <class Out>
+void forward(const Purpose& purpose, const Tokens& tokens, const Scaling& scaling, const Out& out,
+             const CudaPlace& place) {
+  const Rows& rows = purpose.rows;
   if (rows.outer * rows.inner == 0) return;
-  const Purpose purpose{"token_stats_forward", rows};
   const Path path = stream_path(is_aligned(rows), device_of(place.device, purpose));
   const cudaStream_t stream = static_cast<cudaStream_t>(place.stream);
   const RowScale scale = row_scale(scaling);
@@ -31,16 +31,28 @@ void token_stats_forward(const Rows& rows, const Tokens& tokens, const Scaling& 
       switch (path) {
         case Path::kBulk:
           return launch_forward<BulkStream<T, kForward.warps, kForward.vectors, kForward.stages>>(
-              purpose, stream, softcap, tokens, scale, statistics);
+              purpose, stream, softcap, tokens, scale, out);
         case Path::kAsync:
           return launch_forward<AsyncStream<T, kForward.warps, kForward.vectors, kForward.stages>>(
-              purpose, stream, softcap, tokens, scale, statistics);
+              purpose, stream, softcap, tokens, scale, out);
         case Path::kDirect:
           return launch_forward<DirectStream<T, kForward.warps, kForward.vectors>>(purpose, stream, softcap, tokens,
-                                                                                   scale, statistics);
+                                                                                   scale, out);
       }
     });
   });
+}
+
+}  // namespace
+
+void token_stats_forward(const Rows& rows, const Tokens& tokens, const Scaling& scaling,
+                         const StatisticsOut& statistics, const CudaPlace& place) {
+  forward({"token_stats_forward", rows}, tokens, scaling, statistics, place);
+}
+
+void token_states(const Rows& rows, const Tokens& tokens, const Scaling& scaling, const ShardStatesOut& states,
+                  const CudaPlace& place) {
+  forward({"token_states", rows}, tokens, scaling, states, place);
 }
 
 void token_stats_backward(const Output& out, const Rows& rows, const Tokens& tokens, const Scaling& scaling,

@@ -1,6 +1,6 @@
-// token_stats: one block a row. Forward: one read of the row, 16 bytes written. Backward: one read, one write; a row
-// whose gradients are 0 is one write, a masked row is not read at all, and one whose statistics lost p's digits when
-// they were saved (lost_digits) is read twice.
+// token_stats: one block a row. Forward: one read of the row, 16 bytes written; or, of a shard of the vocabulary, the
+// 20 bytes of its state. Backward: one read, one write; a row whose gradients are 0 is one write, a masked row is not
+// read at all, and one whose statistics lost p's digits when they were saved (lost_digits) is read twice.
 #pragma once
 
 #include <cstdint>
@@ -34,16 +34,17 @@ VCPO_DEVICE RowState<float> row_state(const Stream& stream, const T* row, std::i
   return merged_in_block(state, scale.scale, warps, Stream::kWarps, warp, lane);
 }
 
-template <class Stream, bool kSoftcap, int kBlocks>
+// Out: StatisticsOut or ShardStatesOut.
+template <class Stream, bool kSoftcap, int kBlocks, class Out>
 VCPO_KERNEL(Stream::kWarps* kLanes, kBlocks)
-token_stats_forward_kernel(const Rows rows, const Tokens tokens, const RowScale scale, const StatisticsOut out) {
+token_stats_forward_kernel(const Rows rows, const Tokens tokens, const RowScale scale, const Out out) {
   if constexpr (Stream::kNeedsBulk && !device::kHasBulk) return device::unsupported();
   using T = typename Stream::C::T;
   const int warp = device::thread() / kLanes, lane = device::thread() % kLanes;
   const Position position = position_of(rows, device::block());
   const Token token = token_of(rows, tokens, position.outer, position.inner);
   if (!token.valid) {
-    if (device::thread() == 0) out.write(token.at, {});
+    if (device::thread() == 0) leave_nothing(out, token.at);
     return;
   }
   char* shared = device::shared_memory();
@@ -53,8 +54,8 @@ token_stats_forward_kernel(const Rows rows, const Tokens tokens, const RowScale 
   const Target target = target_of(row, rows.vocabulary, tokens.ids[token.at]);
   RowState<float>* warps = reinterpret_cast<RowState<float>*>(shared + Stream::kSharedBytes);
   const RowState<float> rest =
-      row_state<Stream, kSoftcap>(stream, row, rows.vocabulary, target.y, scale, warps, warp, lane);
-  if (device::thread() == 0) out.write(token.at, statistics_of<kSoftcap>(rest, target, scale));
+      row_state<Stream, kSoftcap>(stream, row, rows.vocabulary, left_out(out, target), scale, warps, warp, lane);
+  if (device::thread() == 0) leave_row<kSoftcap>(out, token.at, rest, target, scale);
 }
 
 template <class C, int kWarps, bool kSoftcap, bool kEntropy, int kBlocks>

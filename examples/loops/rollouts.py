@@ -5,6 +5,9 @@ In a run of yours a sampler fills this, together with the log-probability of eac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor
@@ -37,12 +40,13 @@ def tiny_model() -> transformers.PreTrainedModel:
 class StalePrompts(torch.utils.data.Dataset[Batch]):
     """`count` prompts, each with SAMPLES responses; an item is a prompt with all of them, so that no shuffling parts a group.
 
-    The reward is the share of even tokens in the response. Half of the responses end early, at a random place.
+    The reward is the share of even tokens in the response. Half of the responses end early, at a random place. of: what
+    makes the model.
     """
 
     @torch.no_grad()
-    def __init__(self, count: int, staleness: float = 0.1) -> None:
-        sampler = tiny_model().eval()
+    def __init__(self, count: int, staleness: float = 0.1, of: Callable[[], Any] = tiny_model) -> None:
+        sampler = of().eval()
         torch.manual_seed(1)
         for p in sampler.parameters():
             p.add_(staleness * p.std() * torch.randn_like(p))

@@ -10,7 +10,7 @@ import torch
 from vcpo_kernels.core import registry
 
 
-@pytest.mark.parametrize("op", sorted(registry.ROW_OPS))
+@pytest.mark.parametrize("op", sorted(registry.ROW_OPS | registry.SHARD_OPS))
 def test_both_places_are_served_by_the_same_module(native: ModuleType, op: str) -> None:
     """A second adapter would have to be kept in step by hand."""
     assert registry._load("cuda", op) is registry._load("native", op)

@@ -204,6 +204,8 @@ def test_cuda_stands_in_where_triton_is_missing(monkeypatch: pytest.MonkeyPatch)
     missing = dataclasses.replace(registry.BACKENDS["triton"], probe=lambda: "triton does not import")
     monkeypatch.setitem(registry.BACKENDS, "triton", missing)
     assert registry.select("token_stats", CUDA, torch.bfloat16, 32_000) == "cuda.token_stats"
+    assert registry.select("token_states", CUDA, torch.bfloat16, 16_000) == "cuda.token_states"
+    assert registry.select("merged_statistics", CUDA, torch.float32) == "reference.merged_statistics"
     assert registry.select("segment_sum", CUDA, torch.float32) == "reference.segment_sum"
 
 

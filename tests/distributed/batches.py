@@ -213,7 +213,7 @@ def _terms(objective: Any, x: dict[str, Tensor]) -> dict[str, Any]:
     return terms
 
 
-def _loss(objective: Any, x: dict[str, Tensor], logits: Tensor, segments: vk.Segments, **ranks: Any) -> Any:
+def objective_loss(objective: Any, x: dict[str, Tensor], logits: Tensor, segments: vk.Segments, **ranks: Any) -> Any:
     stats = vk.token_stats(logits, x["ids"], x["mask"])
     return objective(stats, x["mu"], x["rewards"] - 0.5, segments, **_terms(objective, x), **ranks)
 
@@ -234,7 +234,7 @@ def objectives_on_one_device() -> dict[str, dict[str, Any]]:
     for name, objective in METHODS.items():
         x = whole()
         logits = x["logits"].requires_grad_()
-        out = _loss(objective, x, logits, vk.Segments.padded(x["mask"]))
+        out = objective_loss(objective, x, logits, vk.Segments.padded(x["mask"]))
         out.loss.backward()
         found[name] = {"out": out, "grad": logits.grad}
     return found
@@ -248,7 +248,7 @@ def objectives_on_rank(rank: int, names: str) -> dict[str, dict[str, Any]]:
         for name, objective in METHODS.items():
             logits = part.x["logits"].detach().clone().requires_grad_()
             with counting.collectives() as called:
-                out = _loss(objective, part.x, logits, part.segments, ranks=part.ranks)
+                out = objective_loss(objective, part.x, logits, part.segments, ranks=part.ranks)
             out.loss.backward()
             found[f"{layout}: {name}"] = {
                 "rows": part.rows, "tokens": part.tokens, "called": called, "grad": logits.grad,

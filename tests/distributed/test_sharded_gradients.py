@@ -86,15 +86,13 @@ class Direct(nn.Module):
 def refusals() -> dict[str, str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
-    tensor_parallel = parallelize_module(models.made("tokens"), mesh["tp"], {"up": ColwiseParallel()})
-    both = parallelize_module(models.made("tokens"), mesh["tp"], {"up": ColwiseParallel()})
-    fully_shard(both, mesh=mesh["dp"])
+    model, mesh = models.made("tokens"), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    by_hand = distribute_tensor(model.up.weight.detach(), mesh, [Replicate(), Shard(0)])
+    model.up.weight = nn.Parameter(by_hand)
     said = {
-        "tensor parallel": _message(lambda: vk.SequenceGradients(tensor_parallel)),
-        "both": _message(lambda: vk.SequenceGradients(both)),
+        "by hand": _message(lambda: vk.SequenceGradients(model)),
         "accumulator": _message(
             lambda: vk.OPOBAccumulator(models.sharded("tokens", "root").parameters(), vk.VCPOConfig())
         ),
@@ -152,11 +150,10 @@ def test_ranks_whose_probes_differ_take_as_many_backwards(of_two: list[dict[str,
 
 def test_what_is_refused(of_two: list[dict[str, Any]]) -> None:
     said = of_two[0]["refused"]
-    for name in ("tensor parallel", "both"):
-        assert said[name].startswith(
-            "TypeError: SequenceGradients: parameter 'up.weight' is sharded over ranks that work"
-        )
-        assert "OPOBAccumulator" not in said[name]
+    assert said["by hand"].startswith(
+        "TypeError: SequenceGradients: parameter 'up.weight' is a DTensor with placements"
+    )
+    assert "OPOBAccumulator" not in said["by hand"]
     assert "DTensor" in said["accumulator"]
     assert "parameter 'table.weight' takes a gradient outside its own module's forward" in said["direct, True"]
     assert "that is not the model's" in said["direct, False"]

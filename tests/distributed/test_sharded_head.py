@@ -130,17 +130,19 @@ def zero_3(rank: int) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
     found: dict[str, Any] = {}
+    world = dist.get_world_size()
+    share = B // world
     for head in HEADS:
         model = models.made("llama")
         config = {
-            "train_micro_batch_size_per_gpu": B // 2, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
+            "train_micro_batch_size_per_gpu": share, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "zero_force_ds_cpu_optimizer": False,
         }  # fmt: skip
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         for step in range(2):
-            loss, stats = loss_of(engine.module, slice(rank * B // 2, (rank + 1) * B // 2), head)
-            engine.backward(2 * loss)
+            loss, stats = loss_of(engine.module, slice(rank * share, (rank + 1) * share), head)
+            engine.backward(world * loss)
             if step == 0:
                 found[head] = {n: safe_get_full_grad(p).clone() for n, p in model.named_parameters()}
                 for group in engine.optimizer.optimizer.param_groups:
@@ -153,10 +155,11 @@ def zero_3(rank: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_zero_3() -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_zero_3(world: int) -> None:
     if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs deepspeed")
-    for result in ranks.run(zero_3, 2):
+        pytest.skip("needs deepspeed: make test-ranks")
+    for result in ranks.run(zero_3, world):
         for head in HEADS:
             models.assert_close(result[head], alone(head, tied=False), BOUND)
 

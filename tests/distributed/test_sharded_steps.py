@@ -82,7 +82,8 @@ def deepspeed_step(stage: int, groups: int, sub_group_size: int, steps: int = 2)
     optimizer = torch.optim.SGD([{"params": rest}, {"params": norms}] if groups == 2 else [*rest, *norms], lr=RATE)
     zero = {"stage": stage, "sub_group_size": sub_group_size, "stage3_param_persistence_threshold": 0}
     config = {
-        "train_micro_batch_size_per_gpu": B // 2, "zero_allow_untested_optimizer": True, "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": B // dist.get_world_size(), "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False, "gradient_clipping": 0.0,
     }  # fmt: skip
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -105,7 +106,7 @@ def on_two(rank: int) -> dict[str, Any]:
     return {"FSDP2": fsdp2(), "ZeroRedundancy": redundancy(1), "ZeroRedundancy, two groups": redundancy(2)}
 
 
-def deepspeed_on_two(rank: int) -> dict[str, Any]:
+def deepspeed_on_rank(rank: int) -> dict[str, Any]:
     os.environ.update(DS_ACCELERATOR="cpu", DS_BUILD_OPS="0", DEEPSPEED_LOG_LEVEL="error")
     return {name: deepspeed_step(*case) for name, case in DEEPSPEED.items()}
 
@@ -134,17 +135,17 @@ def test_two_ranks(of_two: list[dict[str, Any]], name: str) -> None:
         models.assert_close(result[name], alone()[0], 2e-6)
 
 
-@pytest.fixture(scope="module")
-def of_deepspeed() -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=[2, 4])
+def of_deepspeed(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs deepspeed")
-    return ranks.run(deepspeed_on_two, 2)
+        pytest.skip("needs deepspeed: make test-ranks")
+    return ranks.run(deepspeed_on_rank, request.param)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEEPSPEED)
 def test_deepspeed(of_deepspeed: list[dict[str, Any]], name: str) -> None:
-    """Its engine steps the inner optimizer once for each group, or sub-group."""
+    """On two and four ranks: its engine steps the inner optimizer once for each group, or sub-group."""
     for result in of_deepspeed:
         for got, want in zip(result[name], alone(2), strict=True):
             models.assert_close(got, want, 5e-6)

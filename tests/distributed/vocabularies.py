@@ -144,7 +144,9 @@ def rows_of_case(case: Case, entries: slice | None, group: Any) -> dict[str, Any
 
 @dataclass(frozen=True)
 class HeadCase:
-    """frozen: neither weight nor bias takes a gradient. tied: the embedding is the weight."""
+    """frozen: neither weight nor bias takes a gradient. tied: the embedding is the weight. sums: as sum_hidden; else the parts
+    are added up here.
+    """
 
     case: Case = Case()
     memory: str = "auto"
@@ -152,6 +154,7 @@ class HeadCase:
     bias: bool = False
     frozen: bool = False
     tied: bool = False
+    sums: bool = True
 
 
 HEADS = {
@@ -166,10 +169,16 @@ HEADS = {
     "an empty shard, fast": HeadCase(Case(starts=(0, 0), entropy=False), memory="fast", bias=True),
     "tied": HeadCase(Case(starts=(0, 30)), tied=True),
     "bf16": HeadCase(Case(dtype=torch.bfloat16), memory="fast"),
+    "parts of d hidden": HeadCase(memory="fast", sums=False),
+    "parts of d hidden, an empty shard": HeadCase(
+        Case(starts=(0, 61), masked=True), memory="lean", bias=True, sums=False
+    ),
+    "parts of d hidden, frozen": HeadCase(Case(entropy=False), frozen=True, sums=False),
 }
 HEADS_OF_FOUR = {
     "fast": HeadCase(memory="fast", bias=True),
     "lean": HeadCase(Case(starts=(0, 1, 40, 40), masked=True), memory="lean", chunk_bytes=400),
+    "parts of d hidden": HeadCase(memory="lean", chunk_bytes=400, sums=False),
 }
 
 
@@ -196,6 +205,7 @@ def head_of_case(head: HeadCase, entries: slice | None, group: Any) -> dict[str,
     if head.tied:  # part of the embedding's rows are in this shard: its gradient has two parts
         given = given + (weight.sum(0) if entries is None else _summed(weight.sum(0), group))
     arguments = {"bias": bias if head.bias else None, "mask": mask, "vocabulary": shard, **case.settings}
+    arguments |= {} if shard is None else {"sum_hidden": head.sums}
     wanted = [hidden] if head.frozen else [hidden, weight, *([bias] if head.bias else [])]
     with counting.collectives() as forward:
         stats = vk.linear_token_stats(
@@ -208,6 +218,9 @@ def head_of_case(head: HeadCase, entries: slice | None, group: Any) -> dict[str,
     with counting.collectives() as of_sum:
         summed, _ = vk.linear_weighted_logp(given, weight, x["ids"], c, chunk_bytes=head.chunk_bytes, **arguments)
         weighted = torch.autograd.grad(summed, [*wanted, c])
+    if shard is not None and not head.sums:
+        for d in (grads[0], weighted[0]):
+            dist.all_reduce(d, group=group)
     return {
         "entries": entries, "forward": forward, "backward": backward, "sum": of_sum, "grads": grads, "weighted": weighted,
         "stats": {name: getattr(stats, name).detach() for name in ("logp", "entropy", "score_sqnorm", "lse")},

@@ -117,21 +117,19 @@ def _refused(rank: int) -> dict[str, str]:
     """None of these gets as far as a collective on either rank."""
     x, (logits, shard) = inputs(), _local(rank)
     weight = torch.nn.Parameter(torch.randn(21, H))
-    head = torch.nn.Linear(H, 21, bias=False)
     ids = x["ids"].clone()
     ids[1, 2] = V  # an entry that is padding
 
-    def compiled() -> Tensor:
-        return vk.linear_token_stats(x["hidden"], weight, x["ids"], vocabulary=shard).logp
-
-    with vk.SequenceGradients(head):
-        deferred = message(lambda: vk.linear_token_stats(x["hidden"], head.weight, x["ids"], vocabulary=shard))
     return {
+        "sum without a shard": message(
+            lambda: vk.linear_token_stats(x["hidden"], x["weight"], x["ids"], sum_hidden=False)
+        ),
+        "sum of a number": message(
+            lambda: vk.linear_weighted_logp(x["hidden"], weight, x["ids"], x["g"], vocabulary=shard, sum_hidden=1)  # type: ignore[arg-type]
+        ),
         "id": message(lambda: vk.token_stats(logits, ids, vocabulary=shard)),
         "head id": message(lambda: vk.linear_token_stats(x["hidden"], weight, ids, vocabulary=shard)),
         "group": message(lambda: vk.token_stats(logits, x["ids"], vocabulary=dist.group.WORLD)),  # type: ignore[arg-type]
-        "compiled head": message(lambda: torch.compile(compiled, backend="eager", fullgraph=True)()),
-        "deferred": deferred,
     }
 
 

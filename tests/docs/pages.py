@@ -59,6 +59,7 @@ RUN_BY = {
     "docs/huggingface.md": "tests/docs/test_snippets.py",
     "docs/verl.md": "tests/docs/test_snippets.py",
     "docs/parallel.md": "tests/distributed/test_page.py",
+    "docs/megatron.md": "tests/distributed/test_megatron_training.py",
 }
 # Blocks of trainers' settings: what of them a test holds.
 SETTINGS_CHECKED = {

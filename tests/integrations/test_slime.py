@@ -119,6 +119,16 @@ def test_maximal_weight_comes_from_the_custom_config() -> None:
     assert metrics["vcpo_truncated"].item() == (out.log_weights[:7] > torch.tensor(0.5).log()).sum()
 
 
+def test_entries_past_the_vocabulary_are_padding() -> None:
+    """Megatron pads the vocabulary, with logits that mean nothing; on one tensor rank too."""
+    b = batch()
+    out, gradient = vcpo(b, vk.VCPOConfig())
+    fields, logits = micro_batch(b, out, range(8))
+    padded = torch.nn.functional.pad(logits, (0, 5), value=50.0)
+    loss, _ = slime.vcpo_loss(arguments(vocab_size=11), fields, padded, sample_means(fields))
+    torch.testing.assert_close(torch.autograd.grad(loss, b.logits)[0], 7 * gradient, rtol=2e-4, atol=1e-5)
+
+
 def test_batch_without_valid_tokens_still_reaches_the_logits() -> None:
     """A rank whose samples are all masked runs its backward like the others, with a gradient of zero."""
     b = batch()
@@ -133,8 +143,6 @@ def test_batch_without_valid_tokens_still_reaches_the_logits() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [
-        ("tensor_model_parallel_size", 2, "the logits are sharded over the vocabulary"),
-        ("context_parallel_size", 2, "part of every sequence"),
         ("rollout_top_p", 0.9, "sampled nucleus"),
         ("rollout_top_k", 20, "tokens kept"),
         ("rollout_min_p", 0.1, "tokens kept"),
@@ -151,6 +159,19 @@ def test_arguments_that_cannot_be_honoured_are_refused(name: str, value: object,
     fields, logits = micro_batch(b, out, range(8))
     with pytest.raises(ValueError, match=f"{name}={value!r} cannot be honoured: .*{why}"):
         slime.vcpo_loss(arguments(**{name: value}), fields, logits, sample_means(fields))
+
+
+def test_another_split_of_sequences_is_refused() -> None:
+    b = batch()
+    out, _ = vcpo(b, vk.VCPOConfig())
+    fields, logits = micro_batch(b, out, range(8))
+    with pytest.raises(
+        ValueError, match=r"allgather_cp=True cannot be honoured with context_parallel_size > 1: a rank's log"
+    ):
+        slime.vcpo_loss(arguments(allgather_cp=True, context_parallel_size=2), fields, logits, sample_means(fields))
+    slime.vcpo_loss(
+        arguments(allgather_cp=True), fields, logits, sample_means(fields)
+    )  # with one rank it splits nothing
 
 
 def test_batches_that_do_not_fit_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ def test_a_kept_set_hidden_in_generation_kwargs_is_found(tmp_path: Path, setting
 
 def test_sampling_from_the_whole_vocabulary_is_taken_however_it_is_written(tmp_path: Path) -> None:
     setup.arguments(tmp_path, top_p=1, top_k=-1, min_p=0.0, generation_kwargs={"top_k": 0, "repetition_penalty": 1.0})
+
+
+@pytest.mark.parametrize("dimension", ["tp", "cp", "sp"])
+def test_ranks_that_work_on_the_same_sequences_are_refused(tmp_path: Path, dimension: str) -> None:
+    config = types.SimpleNamespace(**{f"{dimension}_enabled": True})
+    args = setup.arguments(tmp_path)
+    args.parallelism_config = config
+    with pytest.raises(ValueError, match=rf"parallelism_config\.{dimension}_size: several ranks.*docs/parallel\.md"):
+        options.refuse_options("VCPOTrainer", args, GRPOConfig, _BaseConfig, options.GRPO)
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:

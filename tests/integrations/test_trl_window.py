@@ -12,7 +12,7 @@ import torch
 from tests.integrations import trl_setup as setup
 from tests.sequences import brute_force
 from vcpo_kernels.integrations.trl import window as w
-from vcpo_kernels.integrations.trl.support import check_support
+from vcpo_kernels.integrations.trl.support import check_support, check_whole
 
 NAN = math.nan
 
@@ -112,6 +112,19 @@ def test_a_launcher_or_model_that_is_not_supported_is_refused_by_name(changes: d
     trainer.__dict__.update(changes)
     with pytest.raises(ValueError, match=message):
         check_support(trainer)
+
+
+def test_a_model_that_ranks_share_is_refused_by_name(tmp_path: Any) -> None:
+    """tp_plan's parameters are DTensors and no FSDP2 unit's; before transformers' Trainer takes the ranks for data ranks."""
+    model = setup.model()
+    weight: Any = model.get_parameter("lm_head.weight")
+    weight.full_tensor = weight.detach
+    for where in (lambda: check_whole("VCPOTrainer", model), lambda: setup.trainer(tmp_path, base=model)):
+        with pytest.raises(
+            ValueError, match=r"VCPOTrainer: lm_head has parameters that are split over ranks.*docs/parallel"
+        ):
+            where()
+    check_whole("VCPOTrainer", "a name")
 
 
 def test_reduced_precision_keeps_the_gradients_direction(tmp_path: Any) -> None:

@@ -333,3 +333,51 @@ def test_two_optimizers_of_one_loss() -> None:
             second.step()
         loop.model.zero_grad()
     assert [rate.ratio for rate in rates] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("observes", ["ahead", "behind"])
+def test_gradients_that_move_on_are_no_skipped_step(observes: str) -> None:
+    """Megatron's DistributedDataParallel adds each gradient to `main_grad` as it arrives, takes it off its parameter, and puts
+    the sums back for the step: no micro-batch is forgotten, and `reset()` does for a step that it skips.
+    """
+    model = new_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+
+    def moves(p: Any) -> Callable[..., None]:
+        def moved(*_: Any) -> None:
+            p.main_grad += p.grad
+            p.grad = None
+
+        return moved
+
+    nodes: list[Any] = []  # kept alive, as Megatron does
+    for p in model.parameters():
+        p.main_grad = torch.zeros_like(p)  # type: ignore[attr-defined]
+        nodes.append(p.expand_as(p).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+        nodes[-1].register_hook(moves(p))
+    rate = vk.EssLearningRate(optimizer)
+
+    def run(*micro_batches: Tensor) -> None:
+        for log_weights in micro_batches:
+            for stage, out in enumerate(plain(model, log_weights)):
+                if stage == (observes == "behind"):
+                    rate.observe(out)
+        for p in model.parameters():
+            p.grad = p.main_grad  # type: ignore[attr-defined]
+
+    def clear() -> None:
+        for p in model.parameters():
+            p.grad = None
+            p.main_grad.zero_()  # type: ignore[attr-defined]
+
+    for _ in range(2):
+        run(ALL, QUARTER)
+        optimizer.step()
+        assert rate.ratio == pytest.approx(0.625)  # ESS 5 of 8
+        clear()
+    run(QUARTER)
+    rate.reset()  # the step is skipped
+    clear()
+    run(ALL)
+    optimizer.step()
+    assert rate.ratio == 1

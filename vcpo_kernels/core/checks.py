@@ -97,9 +97,14 @@ def as_tensor_hint(name: str, value: Any) -> str:
     return ""
 
 
+def is_dtensor(value: Any) -> bool:
+    """Without an import of torch.distributed.tensor. By the class: of a value torch.compile says that it has no such name."""
+    return hasattr(type(value), "full_tensor")
+
+
 def is_sharded(value: Tensor) -> bool:
     """Whether this rank holds a part of it alone: a DTensor, or what ZeRO-3 or FSDP leaves of a parameter between forwards."""
-    return hasattr(value, "full_tensor") or _is_partitioned(value) or _is_freed(value)
+    return is_dtensor(value) or _is_partitioned(value) or _is_freed(value)
 
 
 def _is_partitioned(value: Tensor) -> bool:
@@ -204,7 +209,7 @@ class Check:
 
     def plain(self, name: str, value: Tensor) -> None:
         """Raise unless all values of a tensor are on this rank, in memory, as its dtype and strides say."""
-        if hasattr(value, "full_tensor"):
+        if is_dtensor(value):
             raise self.type_error(f"{name} is a DTensor, of which this rank holds a part. {_whole(name)}")
         if _is_partitioned(value):
             whole = tuple(getattr(value, "ds_shape", ()))

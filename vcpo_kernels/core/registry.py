@@ -127,7 +127,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name="cuda",
-            ops=ROW_OPS,
+            ops=ROW_OPS | SHARD_OPS,
             devices=frozenset({"cuda"}),
             dtypes=HALF_AND_SINGLE,
             probe=cuda_problem,

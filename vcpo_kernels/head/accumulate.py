@@ -26,6 +26,14 @@ class HeadGradients(NamedTuple):
     bias: Tensor
 
 
+def fake_gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> HeadGradients:
+    """Of these shapes, uninitialised."""
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return HeadGradients(
+        *(hidden.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True))
+    )
+
+
 class Sum:
     """A sum of matrix products [rows, columns], in fp32 or float64, cast once at the end.
 

@@ -34,7 +34,7 @@ def checked(
     check.tensor("hidden", hidden, checks.FLOAT_DTYPES)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise check.value_error(f"hidden must be [.., H] with H >= 1, got {checks.describe(hidden)}.")
-    if shard is None and hasattr(weight, "full_tensor") and not hasattr(hidden, "full_tensor"):
+    if shard is None and checks.is_dtensor(weight) and not checks.is_dtensor(hidden):
         raise ambiguous(check)
     check.tensor("weight", weight, checks.FLOAT_DTYPES)
     if weight.dim() != 2 or (weight.shape[0] == 0 and shard is None) or weight.shape[1] != hidden.shape[-1]:

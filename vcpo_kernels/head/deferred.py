@@ -21,7 +21,11 @@ class Deferral(Protocol):
         """Whether this parameter's gradient is theirs."""
 
     def linear_token_stats(self, parameters: tuple[Tensor, Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
-        """The op's first four outputs, differentiable to hidden alone; the weight's and bias's part is recorded."""
+        """The op's first four outputs, differentiable to hidden alone; the weight's and bias's part is recorded.
+
+        arguments: the operands, the shard of the vocabulary or None, whether d hidden is to be summed over its ranks, and
+        memory, chunk_bytes, fast_bytes.
+        """
 
 
 active: list[Deferral] = []

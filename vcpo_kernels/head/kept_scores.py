@@ -5,6 +5,8 @@ Layer: rows. Kept is S = d logp / d logits [M, V] ("fast"), S W [M, H] (nothing 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,12 @@ def takes_fast(head: Head, memory: str, chunk_bytes: int, fast_bytes: int | None
         return size <= fast_bytes
     # Where all rows are one chunk, "lean" allocates as much. Asking for what is free reads a dozen files.
     return size <= chunk_bytes or size <= free_bytes(head.hidden.device) // 2
+
+
+def fake_kept_rows(rows: Any, memory: str) -> Any:
+    """Of a fake call: as many as are computed ("fast"), none ("lean"), or a number that is not known."""
+    kept = {"fast": rows, "lean": 0}.get(memory)
+    return torch.library.get_ctx().new_dynamic_size() if kept is None else kept
 
 
 def gradients_of(

@@ -15,13 +15,13 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import needs_grad, no_autocast
 from vcpo_kernels.core.library import define_op
 from vcpo_kernels.head import deferred
-from vcpo_kernels.head.accumulate import HeadGradients
+from vcpo_kernels.head.accumulate import fake_gradients
 from vcpo_kernels.head.arguments import checked
 from vcpo_kernels.head.chunks import CHUNK_BYTES
-from vcpo_kernels.head.kept_scores import gradients_of, score_matrix, takes_fast
-from vcpo_kernels.head.operands import Head, HeadInputs, Needs
+from vcpo_kernels.head.kept_scores import fake_kept_rows, gradients_of, score_matrix, takes_fast
+from vcpo_kernels.head.operands import NEEDS, OPERANDS, Head, HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_, score_chunks, statistics_of
-from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
+from vcpo_kernels.head.summed_hidden import check_sum
 from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows.statistics import RETURNS, SETTINGS, RowStatistics
@@ -44,6 +44,7 @@ def linear_token_stats(
     chunk_bytes: int = CHUNK_BYTES,
     fast_bytes: int | None = None,
     vocabulary: VocabularyShard | None = None,
+    sum_hidden: bool = True,
 ) -> TokenStats:
     """`token_stats(hidden @ weight.T + bias, token_ids, ...)`, without the logits in memory. Same statistics.
 
@@ -78,7 +79,9 @@ def linear_token_stats(
             `token_stats`; hidden and token_ids are whole and the same on all. One gather of 20 bytes a row forward, one
             all-reduce of d hidden backward. Recognised by itself where weight is a DTensor sharded by its rows and hidden a
             DTensor of the same mesh, replicated or sharded by tokens; all-gather and reduce-scatter are then DTensor's.
-            Not under torch.compile.
+        sum_hidden: whether the shards' parts of d hidden are added up here. False: they are where hidden was gathered, by the
+            backward of what gathered it (a reduce-scatter, as under Megatron's sequence parallelism). With `vocabulary` alone.
+            Both sums, or neither, are an error where hidden is seen to come from Megatron's functions.
 
     Returns:
         TokenStats, each field in the shape of token_ids.
@@ -102,15 +105,16 @@ def linear_token_stats(
     if fast_bytes is not None:
         fast_bytes = check.integer("fast_bytes", fast_bytes, 0)
     shard = check_shard(check, vocabulary)
+    check_sum(check, hidden, sum_hidden, shard)
     parameters, deferral = (weight, bias), deferred.deferral_of(weight, bias)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
-    if shard is not None:
-        refuse_shard(check, *parameters)
+    sums_hidden = sums_hidden and sum_hidden
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
-    if shard is not None:
-        outputs: tuple[Tensor, ...] = statistics_of_shard(inputs, shard, sums_hidden, memory, chunk_bytes, fast_bytes)
-    elif deferral is not None:
-        outputs = deferral.linear_token_stats(parameters, *inputs, memory, chunk_bytes, fast_bytes)
+    if deferral is not None:
+        options = (shard, sums_hidden, memory, chunk_bytes, fast_bytes)
+        outputs: tuple[Tensor, ...] = deferral.linear_token_stats(parameters, *inputs, *options)
+    elif shard is not None:
+        outputs = statistics_of_shard(inputs, shard, sums_hidden, memory, chunk_bytes, fast_bytes)
     else:
         needs = needs_grad(inputs.hidden, inputs.weight, inputs.bias)
         outputs = op(*inputs, memory, chunk_bytes, fast_bytes, *needs)
@@ -158,15 +162,9 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, memory, needs = HeadInputs(*arguments[:8]), arguments[8], Needs(*arguments[11:])
     hidden, token_ids, vocabulary = inputs.hidden, inputs.token_ids, len(inputs.weight)
     stats = RowStatistics.empty(token_ids.shape, hidden)
-    rows: Any = token_ids.numel()  # unknown where a mask says which are computed
-    if inputs.mask is not None:
-        rows = torch.library.get_ctx().new_dynamic_size()
-    elif inputs.shift:
-        rows = token_ids[..., 1:].numel()
+    rows = inputs.fake_rows()
     if needs.parameters:
-        kept_rows = {"fast": rows, "lean": 0}.get(memory)
-        kept_rows = torch.library.get_ctx().new_dynamic_size() if kept_rows is None else kept_rows
-        kept = hidden.new_empty(kept_rows, vocabulary)
+        kept = hidden.new_empty(fake_kept_rows(rows, memory), vocabulary)
     elif needs.hidden:
         kept = hidden.new_empty(rows, hidden.shape[-1])
     else:
@@ -190,13 +188,6 @@ def _linear_token_stats_backward(
 
 def _fake_backward(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return fake_gradients(hidden, weight, Needs(*rest[-3:]))
-
-
-def fake_gradients(hidden: Tensor, weight: Tensor, needs: Needs) -> HeadGradients:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return HeadGradients(
-        *(hidden.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True))
-    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -227,10 +218,8 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
 
-_OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask"
-NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
 op = define_op(
-    f"linear_token_stats({_OPERANDS}, {SETTINGS}, str memory, int chunk_bytes, int? fast_bytes, {NEEDS})"
+    f"linear_token_stats({OPERANDS}, {SETTINGS}, str memory, int chunk_bytes, int? fast_bytes, {NEEDS})"
     # target_logit: of the sampled token. entries: positions, flat indices into token_ids, of the rows that were computed.
     # kept: S [M, V] ("fast"), S W [M, H] (nothing but hidden needs a gradient), or no row
     f" -> ({RETURNS}, Tensor target_logit, Tensor entries, Tensor kept)",
@@ -238,7 +227,7 @@ op = define_op(
 )  # fmt: skip
 _SAVED = "Tensor logp, Tensor entropy, Tensor lse, Tensor target_logit, Tensor entries, Tensor kept"
 _backward_op = define_op(
-    f"linear_token_stats_backward({_OPERANDS}, {_SAVED}, Tensor? grad_logp, Tensor? grad_entropy, {SETTINGS},"
+    f"linear_token_stats_backward({OPERANDS}, {_SAVED}, Tensor? grad_logp, Tensor? grad_entropy, {SETTINGS},"
     f" int chunk_bytes, {NEEDS}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
     _linear_token_stats_backward, _fake_backward,
 )  # fmt: skip

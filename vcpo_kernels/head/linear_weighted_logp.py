@@ -15,13 +15,12 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import needs_grad, no_autocast
 from vcpo_kernels.core.library import define_op
 from vcpo_kernels.head import deferred
-from vcpo_kernels.head.accumulate import HeadGradients, Sum
+from vcpo_kernels.head.accumulate import HeadGradients, Sum, fake_gradients
 from vcpo_kernels.head.arguments import checked
 from vcpo_kernels.head.chunks import CHUNK_BYTES, rows_per_chunk
-from vcpo_kernels.head.linear_token_stats import NEEDS, fake_gradients
-from vcpo_kernels.head.operands import Head, HeadInputs, Needs, at_positions
+from vcpo_kernels.head.operands import NEEDS, Head, HeadInputs, Needs, at_positions
 from vcpo_kernels.head.score_matrix import HeadStatistics, score_chunks, statistics_of
-from vcpo_kernels.head.vocabulary_shards import refuse as refuse_shard
+from vcpo_kernels.head.summed_hidden import check_sum
 from vcpo_kernels.head.vocabulary_shards import statistics_of_shard, taken_apart
 from vcpo_kernels.parallel.shards import VocabularyShard
 from vcpo_kernels.rows import known_gradient
@@ -47,6 +46,7 @@ def linear_weighted_logp(
     shift: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
     vocabulary: VocabularyShard | None = None,
+    sum_hidden: bool = True,
 ) -> tuple[Tensor, TokenStats]:
     """`weighted_logp(hidden @ weight.T + bias, token_ids, coefficients, ...)`, without the logits in memory.
 
@@ -73,8 +73,8 @@ def linear_weighted_logp(
         hidden, weight, token_ids, bias, mask, temperature, softcap, shift, chunk_bytes: as in `linear_token_stats`.
             Where the rows need several chunks, d weight is accumulated in an fp32 [V, H] beside the buffer.
         coefficients: c, in the shape of token_ids, as in `weighted_logp`.
-        vocabulary: weight and bias are this rank's shard, as in `linear_token_stats`, with its collectives. The gradient is
-            then formed in the backward: from the scores where all rows fit one chunk, else computed again, 4 GEMMs.
+        vocabulary, sum_hidden: weight and bias are this rank's shard, as in `linear_token_stats`, with its collectives. The
+            gradient is then formed in the backward: from the scores where all rows fit one chunk, else computed again, 4 GEMMs.
 
     Returns:
         loss, 0-d fp32 (float64 for float64), differentiable to hidden, weight, bias and coefficients, and TokenStats,
@@ -87,9 +87,9 @@ def linear_weighted_logp(
     chunk_bytes = check.integer("chunk_bytes", chunk_bytes, 1)
     deferred.refuse(check, "linear_token_stats, and accumulate_ with the coefficients", weight, bias)
     shard = check_shard(check, vocabulary)
+    check_sum(check, hidden, sum_hidden, shard)
     hidden, weight, bias, shard, sums_hidden = taken_apart(hidden, weight, bias, shard)
-    if shard is not None:
-        refuse_shard(check, weight, bias)
+    sums_hidden = sums_hidden and sum_hidden
     inputs = checked(check, hidden, weight, token_ids, bias, mask, temperature, softcap, shift, shard)
     coefficients = checked_coefficients(check, coefficients, inputs.token_ids, inputs.hidden)
     if shard is not None:

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from vcpo_kernels.rows import views
 
+# As the ops' schemas have HeadInputs' tensors and Needs.
+OPERANDS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask"
+NEEDS = "bool needs_hidden, bool needs_weight, bool needs_bias"
+
 
 class Needs(NamedTuple):
     """Which operands a gradient is wanted of."""
@@ -91,6 +95,12 @@ class HeadInputs(NamedTuple):
             return self.every_position().view(self.token_ids.shape)[..., 1:].flatten()
         return None
 
+    def fake_rows(self) -> Any:
+        """How many rows a fake call computes; unknown where a mask says which."""
+        if self.mask is not None:
+            return torch.library.get_ctx().new_dynamic_size()
+        return self.token_ids[..., 1:].numel() if self.shift else self.token_ids.numel()
+
     def every_position(self) -> Tensor:
         return torch.arange(self.token_ids.numel(), device=self.token_ids.device)
 
@@ -116,12 +126,12 @@ class HeadInputs(NamedTuple):
 
     def scattered(self, values: Tensor, positions: Tensor | None) -> Tensor:
         """Values [M] of the computed rows in the shape of token_ids, 0 elsewhere."""
-        return _scattered(values, positions, self.token_ids.shape)
+        return scattered(values, positions, self.token_ids.shape)
 
     def scattered_hidden(self, rows: Tensor, positions: Tensor | None) -> Tensor:
         """Gradients [M, H] of the computed rows in the shape of hidden, 0 elsewhere."""
         at = None if positions is None else positions - int(self.shift)
-        return _scattered(rows, at, self.hidden.shape[:-1])
+        return scattered(rows, at, self.hidden.shape[:-1])
 
 
 def at_positions(values: Tensor, positions: Tensor | None) -> Tensor:
@@ -129,9 +139,10 @@ def at_positions(values: Tensor, positions: Tensor | None) -> Tensor:
     return values.flatten() if positions is None else values.flatten()[positions]
 
 
-def _scattered(values: Tensor, positions: Tensor | None, shape: torch.Size) -> Tensor:
+def scattered(values: Tensor, positions: Tensor | None, shape: torch.Size) -> Tensor:
+    """Values [M, ..] of the rows of these positions, ascending, in the shape of token_ids, 0 elsewhere. None: all rows."""
     whole: Sequence[int] = (*shape, *values.shape[1:])
-    if positions is None:
+    if positions is None or len(positions) == shape.numel():
         return values.view(whole)
     out = values.new_zeros(shape.numel(), *values.shape[1:])
     out[positions] = values

@@ -28,6 +28,7 @@ from vcpo_kernels.head.linear_token_stats import linear_token_stats
 from vcpo_kernels.head.linear_weighted_logp import linear_weighted_logp
 from vcpo_kernels.head.sharded_head import CalledHead, Operands, ShardedHead, Work, asking
 from vcpo_kernels.head.traced_logits import TracedLogits
+from vcpo_kernels.parallel import tensor_parallel
 from vcpo_kernels.rows.token_stats import TokenStats
 
 # What configurations call the numbers that logits are multiplied with or divided by: final_logit_softcapping (Gemma),
@@ -39,7 +40,8 @@ FACTOR_NAMES = re.compile("logit|soft_?cap|lm_head|output_multiplier|output_scal
 class HeadOutput:
     """What a patched model returns: logits = softcap(scale * (hidden @ weight.T + bias)), not yet computed.
 
-    hidden: [.., H], what the head was given (a model's `logits_to_keep` is honoured). weight: [V, H]. bias: [V] or None.
+    hidden: [.., H], what the head was given (a model's `logits_to_keep` is honoured). weight: [V, H]. bias: [V] or None. Under
+    tensor parallelism all three are DTensors, of which the methods take this rank's part.
     softcap: c of c tanh(z / c), or None. model_output: the model's own output (cache, router losses, hidden states),
     with `logits` None. Where FSDP2 or ZeRO-3 shards the head, weight and bias are None: the methods gather them, on all
     ranks.
@@ -59,7 +61,8 @@ class HeadOutput:
     def __post_init__(self) -> None:
         if self._sharded is not None:  # what FSDP2's output_dtype made of it would take a whole weight of that dtype
             object.__setattr__(self, "hidden", self.hidden.to(self._sharded.dtype))
-        used = tuple(p[:0] for p in (self.weight, self.bias) if isinstance(p, Tensor) and p.requires_grad)
+        own = (p for p in (self.weight, self.bias) if isinstance(p, Tensor) and not hasattr(p, "full_tensor"))
+        used = tuple(p[:0] for p in own if p.requires_grad)
         object.__setattr__(self, "_used", used)
 
     @property
@@ -175,7 +178,8 @@ class PatchedHead:
         self._calls: list[tuple[Parameter, Parameter]] = []
         self._original, self._head_forward = model.forward, head.forward
         # A head of another class, or with a forward of its own, ends in F.linear too; what it does besides is traced.
-        self._plain = _is_plain(head) and "forward" not in head.__dict__
+        self._style = tensor_parallel.style_of(head)
+        self._plain = _is_plain(head) and tensor_parallel.forward_inside(head) is None
 
         @functools.wraps(self._original)  # trainers read a forward's signature
         def forward(*args: Any, **kwargs: Any) -> HeadOutput:
@@ -218,6 +222,8 @@ class PatchedHead:
 
     def _of_plain(self, input: Tensor) -> TracedLogits:
         head: Any = self._head
+        if hasattr(head.weight, "full_tensor") and self._style is not None:
+            input = tensor_parallel.on_all_ranks(input, head.weight.device_mesh)  # as the style's own forward has it
         return self._traced(input, head.weight, head.bias)
 
     def _traced(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> TracedLogits:
@@ -241,6 +247,8 @@ class PatchedHead:
     def _operands(self, logits: TracedLogits, parameters: tuple[Parameter, Parameter]) -> Operands:
         """The weight and bias that these logits are made with."""
         own = [parameter() for parameter in parameters]
+        if hasattr(own[0], "full_tensor"):
+            return logits.of_shared_head(*own)
         Check("patch_head").plain("the head's weight", own[0])
         used = logits.of_head(*own)
         deferral = deferred.deferral_of(*own)
@@ -315,9 +323,10 @@ def patch_head(model: nn.Module) -> PatchedHead:
 
     Raises:
         TypeError: the head is no plain nn.Linear (a quantised head computes something else); or its weight is a part of itself
-            (a DTensor) and not FSDP2's or ZeRO-3's, which is gathered wherever the head was put.
+            and not FSDP2's or ZeRO-3's, which is gathered wherever the head was put, nor a DTensor.
         ValueError: the model is patched already; or, in its forward, `labels` were given.
-        RuntimeError: in the forward, where the model does something else to its logits, by name.
+        RuntimeError: in the forward, where the model does something else to its logits, by name; or its weight is a DTensor
+            that tensor parallelism (ColwiseParallel, transformers' `tp_plan`) has not split by its rows.
 
     >>> import torch, vcpo_kernels as vk
     >>> from types import SimpleNamespace

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from vcpo_kernels.core import checks
+from vcpo_kernels.parallel.shards import is_sharded_in
 
 
 class TracedLogits:
@@ -82,6 +83,26 @@ class TracedLogits:
         added = self.added.to(weight.dtype)
         return weight, added if bias is None else bias + added
 
+    def of_shared_head(self, weight: Any, bias: Any) -> tuple[Tensor, Tensor | None]:
+        """The same of a weight of which this rank has some rows, the others of its mesh the rest, for the same tokens."""
+        if not is_sharded_in(weight, 0):
+            raise RuntimeError(
+                f"patch_head: the head's weight is a DTensor with placements {weight.placements}, wanted one split once, by "
+                "its rows (ColwiseParallel). Use token_stats on the model's logits."
+            )
+        hidden: Any = self.hidden
+        if not hasattr(hidden, "full_tensor") or hidden.device_mesh != weight.device_mesh:
+            raise RuntimeError(
+                "patch_head: the head's weight is a DTensor, of which this rank has a part, and nothing says that the other "
+                "ranks have the same tokens. Under tensor parallelism put the head into the plan (ColwiseParallel); under "
+                "FSDP2 call the module that fully_shard was given, and patch a model inside of it."
+            )
+        if self._is_adapter or len(self._columns) > 1 or self.entries != slice(0, len(weight)):
+            raise self._refused("an adapter or a slice, where ranks share its vocabulary,")
+        if self.added is not None or (bias is not None and self.factor is not None):
+            raise self._refused("a bias of its own, where ranks share its vocabulary,")
+        return weight, bias
+
     # --- what a model may call -----------------------------------------------------------------------------------------
 
     @classmethod
@@ -100,6 +121,15 @@ class TracedLogits:
         if not callable(getattr(Tensor, name)):
             raise self._refused(f".{name}")
         return functools.partial(self._applied, name)
+
+    # Tensor parallelism's after the head: statistics are of whole rows, wherever their entries are.
+    placements = None
+
+    def redistribute(self, *layout: Any, **options: Any) -> TracedLogits:
+        return self
+
+    def to_local(self, **options: Any) -> TracedLogits:
+        return self
 
     def _applied(self, name: str, *args: Any, **kwargs: Any) -> Any:
         rule = RULES.get(name)

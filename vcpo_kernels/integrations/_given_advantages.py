@@ -15,6 +15,7 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import wide
+from vcpo_kernels.parallel.collectives import summed
 from vcpo_kernels.sequences.behavior import log_ratio_metrics, warn_of_behavior
 from vcpo_kernels.sequences.ess import ess_from_moments, ess_moments
 from vcpo_kernels.sequences.log_weights import usable_below
@@ -54,7 +55,8 @@ def weighted_advantages(
 ) -> WeightedAdvantages:
     """w^_i A_t of every token: w^_i = exp(min(L_i, log max_weight)), L_i = sum_t m_t (logp_t - mu_t) + extra_i.
 
-    logp, behavior_logp, advantages: in the segments' shape; masked-out entries may hold anything. extra_log_weights [B]: what
+    logp, behavior_logp, advantages: in the segments' shape; sequences that are split over ranks (`sequence_group`) are whole in
+    what is taken of them, by one all-reduce; masked-out entries may hold anything. extra_log_weights [B]: what
     of log w_i is not in the difference of the two (a ratio that the trainer computed before). A sequence whose L_i is NaN or
     +inf, or one of whose advantages is not finite (an error on the CPU), is dropped, counted in metrics["nonfinite_sequences"]
     and stays in ESS's denominator.
@@ -71,11 +73,13 @@ def weighted_advantages(
     counts = segments.valid(theta.numel())
     if extra_log_weights is None:  # else the difference is from a proximal policy, which may well be this one
         warn_of_behavior(check.where, theta.reshape(-1), mu.reshape(-1), counts)
-    valid = segments.lengths > 0
-    log_weights = segments.sum(theta - mu).double()  # summed in float64 whatever the dtype of the tokens
+    of_rank = segments.of_this_rank()
+    parts = (of_rank.lengths, of_rank.sum(theta - mu), of_rank.sum((~given.isfinite()).to(dtype)))
+    # Summed in float64 whatever the dtype of the tokens; over sequence ranks at once.
+    lengths, log_weights, broken = summed(torch.stack([p.double() for p in parts]), segments.sequence_group)
+    valid, finite = lengths > 0, broken == 0
     if extra_log_weights is not None:
         log_weights = log_weights + torch.where(valid, extra_log_weights.detach().double(), 0.0)
-    finite = segments.sum((~given.isfinite()).to(dtype)) == 0
     if checks.readable(given) and not bool(finite.all()):
         raise check.value_error(
             f"advantages must be finite at the tokens that count, got {int((~finite).sum())} sequences with NaN "

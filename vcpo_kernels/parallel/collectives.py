@@ -31,6 +31,19 @@ class _Sum(torch.autograd.Function):
         return grads[0], None
 
 
+class _Copied(torch.autograd.Function):
+    """Every rank makes another part of the result of the same tensor, whose gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _all_reduce(grads[0], ctx.group), None
+
+
 def _all_reduce(value: Tensor, group: Any) -> Tensor:
     if torch.compiler.is_compiling():
         from torch.distributed import _functional_collectives as functional
@@ -52,6 +65,14 @@ def summed(value: Tensor, group: Any) -> Tensor:
     return out
 
 
+def copied(value: Tensor, group: Any) -> Tensor:
+    """The tensor, which all ranks have; its gradient is then the sum of theirs, on every rank, by one all-reduce."""
+    if size_of(group) == 1:
+        return value
+    out: Tensor = _Copied.apply(value, group)
+    return out
+
+
 class GatheredRows(NamedTuple):
     """rows: [B of all ranks, K], in the order of the ranks. mine: which are this rank's. first: [B of all], the index of the
     first row of each row's rank.
@@ -65,11 +86,18 @@ class GatheredRows(NamedTuple):
 def gathered_rows(rows: Tensor, group: Any, uneven: bool = False) -> GatheredRows:
     """All ranks' rows, of [B, K] each. Not differentiable.
 
-    uneven: B may differ from rank to rank. The numbers are then gathered first, and read on the host.
+    uneven: B may differ from rank to rank. The numbers are then gathered first, and read on the host: RuntimeError where
+    torch.compile traces the call, which without fullgraph=True then runs it as it is.
     """
     ranks, count = size_of(group), len(rows)
     if ranks == 1:
         return GatheredRows(rows, slice(0, count), torch.zeros(count, dtype=torch.int64, device=rows.device))
+    if uneven and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "vcpo_kernels: Ranks(uneven=True) reads each rank's number of sequences on the host, which torch.compile cannot "
+            "trace. Fill the ranks up to one number with sequences whose mask is all False and leave uneven out, compile "
+            "without fullgraph=True, or make this call outside of the compiled function."
+        )
     rank = dist.get_rank(group)
     if not uneven:
         starts = torch.arange(ranks, device=rows.device) * count
@@ -100,6 +128,25 @@ def gathered(value: Tensor, group: Any) -> Tensor:
     with _explained("the all-gather", own):
         getattr(dist, ALL_GATHER)(out, own, group=group)
     return out.view(ranks, *value.shape)
+
+
+def exchanged(pieces: Tensor, counts: list[int], group: Any) -> Tensor:
+    """pieces [W, R, K]: for each rank one. counts: R of every rank. Returns what all have for this one, [R of all, K]."""
+    ranks, size = len(counts), pieces.shape[2]
+    sent = pieces.contiguous().view(-1)
+    out = sent.new_empty(sum(counts) * size)
+    with _explained("the all-to-all", pieces):
+        dist.all_to_all_single(out, sent, [n * size for n in counts], [sent.numel() // ranks] * ranks, group=group)
+    return out.view(-1, size)
+
+
+def largest(value: Tensor, group: Any) -> Tensor:
+    """Entry by entry the largest of the ranks' tensors, on every rank. Not differentiable."""
+    out = value.detach().clone()
+    if size_of(group) > 1:
+        with _explained("the all-reduce", out):
+            dist.all_reduce(out, dist.ReduceOp.MAX, group=group)
+    return out
 
 
 @contextlib.contextmanager

@@ -38,15 +38,23 @@ def shards_data(parameter: Any) -> bool:
 
 
 def averaged(whole: Tensor, parameter: Any) -> Tensor:
-    """This rank's part of the mean over the data ranks of `whole`, each rank's own, as FSDP2 leaves a gradient.
+    """This rank's part of the mean over the data ranks of `whole`, each rank's own, as FSDP2 leaves a gradient. Under tensor
+    parallelism `whole` is of what FSDP2 gathers.
 
     One reduce-scatter (and, for HSDP, all-reduce): a call that all ranks make.
     """
-    from torch.distributed.tensor import DTensor, Partial
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     mesh = parameter.device_mesh
-    parts = DTensor.from_local(whole, mesh, [Partial("avg")] * mesh.ndim, run_check=False)
-    return parts.redistribute(mesh, parameter.placements)
+    if shards_data(parameter):
+        parts = DTensor.from_local(whole, mesh, [Partial("avg")] * mesh.ndim, run_check=False)
+        return parts.redistribute(mesh, parameter.placements)
+    data = mesh[mesh.mesh_dim_names[:-1]]
+    parts = DTensor.from_local(whole, data, [Partial("avg")] * data.ndim, run_check=False)
+    split = [*[Replicate()] * (data.ndim - 1), Shard(parameter.placements[data.ndim - 1].dim)]
+    local = parts.redistribute(data, split).to_local()
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
 
 
 def gather(units: Iterable[Any]) -> None:

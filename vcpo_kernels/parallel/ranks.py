@@ -34,7 +34,7 @@ class Ranks:
     share, whose gradient is to be summed over them; with averaged=True it is multiplied by their number, so that the
     average is that sum.
     uneven: data ranks may hold different numbers of sequences. Their numbers are then gathered first, one collective more,
-    and read on the host. Where they differ and this is False, the collective fails.
+    and read on the host, which torch.compile cannot trace. Where they differ and this is False, the collective fails.
 
     Raises TypeError for what is no process group.
 

@@ -65,10 +65,9 @@ class VocabularyShard:
     def of_dtensor(tensor: Tensor, dim: int) -> VocabularyShard:
         """As a DTensor is sharded in its dimension `dim`, evenly or not. Raises ValueError where it is not, or twice."""
         from torch.distributed.tensor import Shard
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         check = Check("VocabularyShard.of_dtensor")
-        if not hasattr(tensor, "placements"):
+        if not checks.is_dtensor(tensor):
             raise check.type_error(f"tensor must be a DTensor, got {checks.describe(tensor)}.")
         given: Any = tensor
         dim %= given.dim()
@@ -80,9 +79,10 @@ class VocabularyShard:
                 f"tensor must be sharded once in dimension {dim}, got placements {given.placements}. Redistribute it: "
                 f"tensor.redistribute(mesh, [Shard({dim})])."
             )
-        local, offset = compute_local_shape_and_global_offset(given.shape, given.device_mesh, given.placements)
-        start = offset[dim] if local[dim] else given.shape[dim]
-        return VocabularyShard(given.device_mesh.get_group(at[0]), start, given.shape[dim])
+        mesh, size = given.device_mesh, given.shape[dim]
+        step = -(-size // mesh.size(at[0]))  # as torch.chunk: the last shards may be short, or empty
+        start = min(mesh.get_local_rank(at[0]) * step, size)
+        return VocabularyShard(mesh.get_group(at[0]), start, size)
 
     def width(self, entries: int) -> int:
         """How many of this rank's entries are of the vocabulary, and no padding."""
@@ -91,7 +91,7 @@ class VocabularyShard:
 
 def is_sharded_in(tensor: Any, dim: int) -> bool:
     """Whether this is a DTensor that is sharded in its dimension `dim`, once, and replicated otherwise."""
-    if not hasattr(tensor, "full_tensor"):
+    if not checks.is_dtensor(tensor):
         return False
     from torch.distributed.tensor import Replicate, Shard
 

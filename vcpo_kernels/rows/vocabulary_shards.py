@@ -157,12 +157,12 @@ def _backward_into(out: Tensor, logits: Tensor, token_ids: Tensor, mask: Tensor 
 
 
 def write_scores(
-    logits: Tensor, token_ids: Tensor, mask: Tensor | None, merged: MergedStatistics, settings: dict[str, Any],
-    shard: VocabularyShard,
+    logits: Tensor, token_ids: Tensor, mask: Tensor | None, merged: MergedStatistics,
+    settings: tuple[float, float | None, bool], start: int, size: int,
 ) -> None:  # fmt: skip
     """d logp / d logits over the logits [n, v] of a shard."""
     ones = torch.ones_like(merged.logp)
-    _backward_into(logits, logits, token_ids, mask, *merged, ones, None, *settings.values(), shard.start, shard.size)
+    _backward_into(logits, logits, token_ids, mask, *merged, ones, None, *settings, start, size)
 
 
 def _lost_digits(merged: MergedStatistics, softcap: float | None) -> Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,31 @@ from torch import Tensor, nn
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.head import deferred as _deferred
+from vcpo_kernels.parallel import tensor_parallel
 from vcpo_kernels.parallel.averaging import average_gradients
-from vcpo_kernels.sequence_gradients import ownership
+from vcpo_kernels.parallel.ranks import size_of
+from vcpo_kernels.sequence_gradients import local_factors, ownership
 from vcpo_kernels.sequence_gradients.capture import Capture
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient, Product
 from vcpo_kernels.sequence_gradients.graph import Graph, graph_of
 from vcpo_kernels.sequence_gradients.head import DeferredHead, HeadUse
-from vcpo_kernels.sequence_gradients.model_checks import check_hooks, check_model, rules_of
+from vcpo_kernels.sequence_gradients.model_checks import check_hooks, check_logits, check_model, rules_of
 from vcpo_kernels.sequence_gradients.norms import squared_norms
+from vcpo_kernels.sequence_gradients.over_sequence_ranks import squared_norms_over
 from vcpo_kernels.sequence_gradients.parameters import Parameters
 from vcpo_kernels.sequence_gradients.row_owners import RowOwners
 from vcpo_kernels.sequences.segments import Segments, check_segments
 
 WHERE = "SequenceGradients"
 CHECK = Check(WHERE)
+
+
+class _Batch(NamedTuple):
+    """What one backward left. sequence_group: of ranks that have other tokens of its sequences."""
+
+    sequences: int
+    gradients: dict[Tensor, ParameterGradient]
+    sequence_group: Any
 
 
 class SequenceGradients:
@@ -47,6 +58,11 @@ class SequenceGradients:
     whose gradients are averaged once, by `accumulate_`. Under FSDP2 every method is a call that all ranks make, norms are of
     this rank's sequences, and one parameter's whole gradient exists at a time. A fused head wants the hidden states whole
     (`shift=True`), so that its rows are the batch's.
+
+    Ranks may share sequences too, and then make every call. Under tensor parallelism (`parallelize_module`, transformers'
+    `tp_plan`, with FSDP2 or without) squared norms add over a parameter's parts. With segments of a `sequence_group`, whose
+    ranks have other tokens, norms are of whole sequences, and `accumulate_` leaves this rank's share of the gradient, to be
+    summed over that group (docs/parallel.md).
 
     >>> import torch, vcpo_kernels as vk
     >>> model = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.Linear(4, 7))
@@ -71,7 +87,7 @@ class SequenceGradients:
 
     Raises:
         TypeError: model is no module, is compiled, or its parameters are replicated by a module inside, or sharded by others
-            than FSDP2 (tensor parallelism, FSDP1, ZeRO-3, CPU offload).
+            than FSDP2 and tensor parallelism (FSDP1, ZeRO-3, CPU offload), or in a way that no rule is known for.
         ValueError: a module with trainable parameters that no rule covers, by its name. `OPOBAccumulator` takes any, whole.
     """
 
@@ -82,6 +98,7 @@ class SequenceGradients:
         self._model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self._parameters = Parameters(self._model)
         check_model(CHECK, self._model)
+        self._parameters.find_parts(CHECK)
         CHECK.choice("check", check, ownership.CHECKS)
         self._check = check
         self._names = self._parameters.names
@@ -94,7 +111,7 @@ class SequenceGradients:
         self._owners: RowOwners | None = None
         self._gradients: dict[Tensor, ParameterGradient] = {}
         self._probe: ownership.Probe | None = None
-        self._batches: list[tuple[int, dict[Tensor, ParameterGradient]]] = []
+        self._batches: list[_Batch] = []
 
     # --- the context -------------------------------------------------------------------------------------------------
 
@@ -107,8 +124,9 @@ class SequenceGradients:
             raise RuntimeError(
                 f"{WHERE}: since it was made, parameters of the model were frozen, unfrozen or replaced. Make a new one."
             )
-        check_hooks(CHECK, self._names)
         with contextlib.ExitStack() as exits:
+            exits.enter_context(tensor_parallel.without_sums(self._names))
+            check_hooks(CHECK, self._names)
             self._averages = self._ddp is not None and bool(self._ddp.require_backward_grad_sync)
             if self._ddp is not None:
                 exits.enter_context(self._ddp.no_sync())
@@ -141,8 +159,8 @@ class SequenceGradients:
 
         Args:
             per_sequence: [B], each entry a function of its own sequence: `segments.sum(stats.logp)` for log pi(y_i).
-            segments: the sequences of the batch that the model was called with, whole: whose row is whose is read off it,
-                the mask is not.
+            segments: the sequences of the batch that the model was called with, whole, or with a `sequence_group` this rank's
+                part of them: whose row is whose is read off it, the mask is not.
 
         Raises:
             TypeError, ValueError: naming the argument. RuntimeError: a module whose rows cannot be told apart by sequence, or
@@ -165,14 +183,15 @@ class SequenceGradients:
         key = ownership.key_of(graph, self._owners)
         try:
             rounds = ownership.rounds(self._check, self._model, key, graph, segments.num_sequences)
-            if rounds := self._parameters.largest(rounds):
+            rounds = rounds if self._check == "never" else self._parameters.largest(rounds, segments)
+            if rounds:
                 self._probe = ownership.Probe.of(graph, per_sequence, rounds)
                 self._probe.run_rounds(check, per_sequence, graph)
             per_sequence.sum().backward()
             if self._probe is not None:
-                self._probe.raise_if_mixed(check)
+                self._probe.raise_if_mixed(check, self._parameters.groups(segments))
                 ownership.remember(self._model, key)
-            self._batches.append((segments.num_sequences, self._gradients))
+            self._batches.append(_Batch(segments.num_sequences, self._gradients, segments.sequence_group))
         finally:
             self._owners, self._gradients, self._probe = None, {}, None
 
@@ -189,14 +208,19 @@ class SequenceGradients:
         """The terms of `squared_norms`, [B] float64 each, by the parameters' names in the model."""
         self._check_batches(Check(f"{WHERE}.squared_norms"))
         self._parameters.gather_heads()
-        parts: dict[str, list[Tensor]] = {}
+        of_batches = [self._norms_of(batch) for batch in self._batches]
+        norms = {name: torch.cat([found[name] for found in of_batches]) for name in self._names.values()}
+        return self._parameters.over_parts(Check(f"{WHERE}.squared_norms"), norms)
+
+    def _norms_of(self, batch: _Batch) -> dict[str, Tensor]:
+        """Of every parameter, on one device, over sequence ranks."""
+        if size_of(batch.sequence_group) > 1:
+            uses = [(self._parameters.place_of(p), batch.gradients.get(p)) for p in self._parameters]
+            return squared_norms_over(batch.sequence_group, batch.sequences, uses)
         device = next(iter(self._names)).device
-        for count, gradients in self._batches:
-            found = squared_norms(gradients.values())
-            zeros = torch.zeros(count, dtype=torch.float64, device=device)
-            for name in self._names.values():
-                parts.setdefault(name, []).append(found.get(name, zeros).to(device))
-        return {name: torch.cat(norms) for name, norms in parts.items()}
+        found = squared_norms(batch.gradients.values())
+        zeros = torch.zeros(batch.sequences, dtype=torch.float64, device=device)
+        return {name: found.get(name, zeros).to(device) for name in self._names.values()}
 
     @torch.no_grad()
     def accumulate_(self, coefficients: Tensor) -> None:
@@ -215,12 +239,11 @@ class SequenceGradients:
         check = Check(f"{WHERE}.accumulate_")
         self._check_batches(check)
         check.tensor("coefficients", coefficients, checks.FLOAT_DTYPES)
-        counts = [count for count, _ in self._batches]
+        counts = [batch.sequences for batch in self._batches]
         check.shape("coefficients", coefficients, (sum(counts),), "the sequences since the last accumulate_")
         batches, self._batches = self._batches, []
         shares = [
-            (gradients, -part)
-            for (_, gradients), part in zip(batches, coefficients.detach().split(counts), strict=True)
+            (batch.gradients, -part) for batch, part in zip(batches, coefficients.detach().split(counts), strict=True)
         ]
         self._parameters.gather_heads()
         for parameter in self._parameters:  # each one's factors are freed as soon as they are added
@@ -237,11 +260,16 @@ class SequenceGradients:
 
     def linear_token_stats(self, parameters: tuple[Tensor, Tensor | None], *arguments: Any) -> tuple[Tensor, ...]:
         hidden, weight, bias, *rest = arguments
+        shard = rest[5]  # after the other operands: token_ids, mask, temperature, softcap, shift
         lead = tuple(hidden.shape[:-1])
 
         def record(use: HeadUse) -> None:
             self._record_head(parameters, lead, use)
 
+        if shard is not None:
+            for own in (self._parameters.own(p) for p in parameters if p is not None):
+                if own is not None:
+                    self._parameters.note_vocabulary(own, shard.group)
         deferred = [p for p in parameters if p is not None and self.defers(p)]
         detached = None if bias is None else bias.detach()
         outputs: tuple[Tensor, ...] = DeferredHead.apply(record, hidden, weight.detach(), detached, *rest, *deferred)
@@ -250,12 +278,14 @@ class SequenceGradients:
     def _record(self, capture: Capture, x: Tensor, grad: Tensor) -> None:
         owners, site = self._owners_now(capture.name), capture.name or type(capture.module).__name__
         with torch.no_grad():
+            weight = self._parameters.part(capture.module, "weight")
+            x, grad = local_factors.laid_out(capture.rule, weight, x, grad)
             if self._probe is not None:
                 self._probe.see(site, owners, grad)
                 if self._probe.weighs:
                     return
             into = {name: self._gradient_of(self._parameters.at(capture.module, name)) for name in capture.deferred}
-            capture.rule.record(capture.module, site, owners, x, grad, into)
+            local_factors.record(capture.rule, capture.module, site, owners, x, grad, into, weight)
 
     def _record_head(self, parameters: tuple[Tensor, Tensor | None], lead: tuple[int, ...], use: HeadUse) -> None:
         site = "linear_token_stats (of hidden states whole, with shift=True)"
@@ -319,6 +349,7 @@ class SequenceGradients:
                     "(a value head, a module around it): its gradient would be summed without coefficients. Pass the module "
                     "that holds all of them to SequenceGradients, or freeze it (requires_grad_(False))."
                 )
+        check_logits(check, self._rules, graph.shard_widths, self._parameters.part)
 
     def _check_active(self, check: Check) -> None:
         if self not in _deferred.active:

@@ -106,6 +106,12 @@ class Lookup:
     right: Tensor
     spans: Spans
 
+    def within(self, start: int, stop: int) -> Lookup:
+        """Of rows [start, stop) of the table alone, counted from the first. The others' rows are zeros, of any id."""
+        inside = (self.ids >= start) & (self.ids < stop)
+        ids = torch.where(inside, self.ids - start, 0)
+        return Lookup(ids, torch.where(inside[:, None], self.right, 0.0), self.spans)
+
 
 @dataclass
 class ParameterGradient:
@@ -162,6 +168,8 @@ def _add_product(grad: Tensor, product: Product, coefficients: Tensor, fresh: bo
     else:
         product = Product(left, (right * c[:, None]).to(right.dtype), product.spans)
     grad = grad.unsqueeze(-1) if grad.dim() == 1 else grad  # a bias, whose right factors are [R, 1]
+    if fresh and product.left.width < len(grad):  # a vocabulary's padding
+        grad[product.left.width :] = 0
     for columns, block in blocks_of(product.left):
         part, into = product.right.to(block.dtype), grad[columns]
         if grad.dtype == block.dtype:
@@ -175,7 +183,7 @@ def _add_product(grad: Tensor, product: Product, coefficients: Tensor, fresh: bo
 def _add_lookup(grad: Tensor, lookup: Lookup, coefficients: Tensor) -> None:
     c, rows = _active_rows(lookup.spans, coefficients)
     ids, right = (lookup.ids, lookup.right) if rows is None else (lookup.ids[rows], lookup.right[rows])
-    if ids.numel():
+    if ids.numel() and len(grad):
         wide_right = widened(right)
         distinct, sums = summed_over_equal(ids, wide_right * c[:, None].to(wide_right.dtype))
         grad[distinct] += sums.to(grad.dtype)

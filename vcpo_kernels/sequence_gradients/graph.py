@@ -24,18 +24,22 @@ _FIXED = """
     UnsafeSplit UnsafeView Unsqueeze Var View Where
 """
 
+_OF_SHARDS = "GeneratedBackwardFor_vcpo_kernels_sharded_token_stats"
+_KNOWN_FUNCTIONS = ("vcpo_kernels.", "torch.distributed.tensor.", "torch.distributed.nn.", "transformers.distributed.")
+
 
 @dataclass(frozen=True)
 class Graph:
     """fingerprint: of its nodes and how they hang together. fixed: no node puts rows where data says, and what each of
     them returns leads with a multiple of B. leaves: tensors whose .grad a backward would add to. dtypes: of what
-    carries gradients.
+    carries gradients. shard_widths: of logits that hold a shard of the vocabulary.
     """
 
     fingerprint: int
     fixed: bool
     leaves: list[Tensor]
     dtypes: frozenset[torch.dtype]
+    shard_widths: frozenset[int] = frozenset()
 
     @contextlib.contextmanager
     def leaves_untouched(self) -> Iterator[None]:
@@ -56,12 +60,16 @@ class _Walk:
     fixed: bool = True
     leaves: list[Tensor] = field(default_factory=list)
     dtypes: set[torch.dtype] = field(default_factory=set)
+    shard_widths: set[int] = field(default_factory=set)
 
     def see(self, node: Any, batch: int) -> None:
         self.names.append(node.name())
         if hasattr(node, "variable"):
             self.leaves.append(node.variable)
             return
+        if node.name().startswith(_OF_SHARDS):
+            logits, index = node.next_functions[0]
+            self.shard_widths.add(logits._input_metadata[index].shape[-1])
         carried = node._input_metadata
         self.dtypes |= {m.dtype for m in carried}
         # any: outputs that carry no gradient (statistics, random states) are listed too
@@ -81,14 +89,15 @@ def graph_of(root: Tensor, batch: int) -> Graph:
         seen.add(node)
         walk.see(node, batch)
         ahead.extend(after for after, _ in node.next_functions)
-    return Graph(hash(tuple(walk.names)), walk.fixed, walk.leaves, frozenset(walk.dtypes))
+    dtypes, widths = frozenset(walk.dtypes), frozenset(walk.shard_widths)
+    return Graph(hash(tuple(walk.names)), walk.fixed, walk.leaves, dtypes, widths)
 
 
 def _is_fixed(node: Any) -> bool:
     function = getattr(type(node), "_forward_cls", None)
-    if function is not None:  # this package's own work row by row
+    if function is not None:  # this package's own work row by row; what moves rows between ranks
         return bool(
-            function.__module__.startswith("vcpo_kernels.")
+            function.__module__.startswith(_KNOWN_FUNCTIONS)
             or function.__name__.startswith("GeneratedBackwardFor_vcpo_kernels_")
         )
     return node.name().rstrip("0123456789").removesuffix("Backward") in _FIXED.split()

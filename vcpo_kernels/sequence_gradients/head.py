@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core.dtypes import no_autocast
-from vcpo_kernels.head import linear_token_stats
+from vcpo_kernels.head import linear_token_stats, vocabulary_shards
 from vcpo_kernels.head.accumulate import gradients
 from vcpo_kernels.head.operands import HeadInputs, Needs
 from vcpo_kernels.head.score_matrix import ByColumns, active_rows
+from vcpo_kernels.parallel import collectives
 from vcpo_kernels.rows.statistics import RowStatistics
 from vcpo_kernels.sequence_gradients.capture import refuse_second_derivatives
 
@@ -42,13 +43,15 @@ class DeferredHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, record: Callable[[HeadUse], None], *arguments: Any) -> tuple[Tensor, ...]:
-        inputs, (memory, ctx.chunk_bytes, fast_bytes) = HeadInputs(*arguments[:8]), arguments[8:11]
+        inputs, (ctx.shard, ctx.sums_hidden, *options) = HeadInputs(*arguments[:8]), arguments[8:13]
         ctx.record, ctx.count, ctx.needs_hidden = record, len(arguments), inputs.hidden.requires_grad
+        ctx.chunk_bytes, ctx.settings = options[1], inputs[5:]
         needs = Needs(ctx.needs_hidden, True, inputs.bias is not None)
-        outputs = linear_token_stats.op(*inputs, memory, ctx.chunk_bytes, fast_bytes, *needs)
-        *statistics, target_logit, positions, kept = outputs
-        stats = RowStatistics(*statistics)
-        ctx.settings = inputs[5:]
+        if ctx.shard is None:
+            *statistics, target_logit, positions, kept = linear_token_stats.op(*inputs, *options, *needs)
+            stats = RowStatistics(*statistics)
+        else:
+            stats, target_logit, positions, kept = vocabulary_shards.forward(inputs, ctx.shard, needs, *options)
         ctx.save_for_backward(*inputs[:5], stats.logp, stats.entropy, stats.lse, target_logit, positions, kept)
         ctx.mark_non_differentiable(stats.score_sqnorm, stats.lse)
         ctx.set_materialize_grads(False)
@@ -61,6 +64,8 @@ class DeferredHead(torch.autograd.Function):
             return (None,) * (1 + ctx.count)
         *tensors, positions, kept = ctx.saved_tensors
         inputs = HeadInputs(*tensors[:5], *ctx.settings)
+        if ctx.shard is not None:
+            inputs = vocabulary_shards.part_of(inputs, ctx.shard.start, ctx.shard.size)
         active = active_rows(inputs, tuple(tensors[5:]), positions, grads[0], grads[1])
         head, d = active.head, active.logits_gradient(kept, ctx.chunk_bytes)
         with no_autocast(head.hidden):
@@ -70,4 +75,6 @@ class DeferredHead(torch.autograd.Function):
         upstream = [u for u in (active.saved.g, active.saved.h) if u is not None]
         ctx.record(HeadUse(d.matrix, hidden, factors, at, torch.stack(upstream, 1)))
         to_hidden = inputs.scattered_hidden(grad_hidden, active.positions) if ctx.needs_hidden else None
+        if to_hidden is not None and ctx.shard is not None and ctx.sums_hidden:
+            to_hidden = collectives.summed(to_hidden, ctx.shard.group)
         return (None, to_hidden, *(None,) * (ctx.count - 1))

@@ -49,7 +49,7 @@ def squared_norms(gradients: Iterable[ParameterGradient]) -> dict[str, Tensor]:
 def _squared_norms(gradient: ParameterGradient) -> Tensor:
     if gradient.whole is not None:
         return gradient.whole.flatten(1).double().square().sum(1)
-    product, lookup = _one_product(gradient.products), _one_lookup(gradient.lookups)
+    product, lookup = one_product(gradient.products), one_lookup(gradient.lookups)
     spans = (product or lookup).spans  # type: ignore[union-attr]
     total = torch.zeros(spans.num_sequences, dtype=torch.float64, device=spans.offsets.device)
     if product is not None:
@@ -61,24 +61,24 @@ def _squared_norms(gradient: ParameterGradient) -> Tensor:
     return total if lookup is None else total + _lookup_sqnorm(lookup)
 
 
-def _one_product(products: list[Product]) -> Product | None:
+def one_product(products: list[Product]) -> Product | None:
     """All uses as one, each sequence's rows together."""
     if len(products) < 2:
         return products[0] if products else None
-    permutation, spans = _together([p.spans for p in products])
+    permutation, spans = together([p.spans for p in products])
     left = Stacked(tuple(p.left for p in products), permutation)
     return Product(left, torch.cat([p.right for p in products])[permutation], spans)
 
 
-def _one_lookup(lookups: list[Lookup]) -> Lookup | None:
+def one_lookup(lookups: list[Lookup]) -> Lookup | None:
     if len(lookups) < 2:
         return lookups[0] if lookups else None
-    permutation, spans = _together([u.spans for u in lookups])
+    permutation, spans = together([u.spans for u in lookups])
     ids, right = torch.cat([u.ids for u in lookups]), torch.cat([u.right for u in lookups])
     return Lookup(ids[permutation], right[permutation], spans)
 
 
-def _together(spans: list[Spans]) -> tuple[Tensor, Spans]:
+def together(spans: list[Spans]) -> tuple[Tensor, Spans]:
     """The permutation that brings the rows of several uses, on top of each other, into one order by sequence."""
     owners, permutation = torch.sort(torch.cat([s.owners() for s in spans]), stable=True)
     return permutation, Spans.of(owners, spans[0].num_sequences)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.parallel.ranks import size_of
+from vcpo_kernels.parallel.slices import is_slice
 from vcpo_kernels.rows.token_stats import TokenStats
 from vcpo_kernels.sequences.aggregation import aggregation_scale
 from vcpo_kernels.sequences.log_weights import sequence_log_weights, usable_below
@@ -89,6 +91,11 @@ class OPOBAccumulator:
             CHECK.tensor("params", p, fix="Pass model.parameters(), not named_parameters().")
             if hasattr(p, "full_tensor"):
                 raise CHECK.type_error("params holds a DTensor, of whose gradient this rank has a part only.")
+            if is_slice(p):
+                raise CHECK.type_error(
+                    "params holds slices of Megatron's tensor parallelism, of whose gradients this rank has a part only. Take "
+                    'vcpo_loss with VCPOConfig(score_norm="logit").'
+                )
         self._params = [p for p in given if p.requires_grad]
         if not self._params:
             raise CHECK.value_error(f"params must hold parameters that require a gradient, got {len(given)} without.")
@@ -133,6 +140,11 @@ class OPOBAccumulator:
             )
         if len(group.norms) == len(group.rewards):
             raise check.value_error(f"all {len(group.rewards)} sequences of the group are in. Call finish_group().")
+        if size_of(segments.sequence_group) > 1:
+            raise check.value_error(
+                "segments have a sequence_group: this rank's gradient is of its own tokens, and norms of such parts do not add "
+                "up. Use SequenceGradients, which puts them together first."
+            )
         log_weight = sequence_log_weights(stats, behavior_logp, segments)
         length = self._keep(stats, behavior_logp, segments)
         norm = torch.zeros((), dtype=torch.float64, device=log_weight.device)

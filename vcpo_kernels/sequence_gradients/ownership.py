@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import no_autocast
+from vcpo_kernels.parallel import collectives
 from vcpo_kernels.rows.kept_logits import logits_kept
 from vcpo_kernels.sequence_gradients.graph import Graph
 from vcpo_kernels.sequence_gradients.row_owners import RowOwners
@@ -143,9 +144,17 @@ class Probe:
         excess = (off / (size + mean[spans.owners()])).nan_to_num(0.0)
         calls.append(_Site(spans.largest(excess), spans.largest(off), mean))
 
-    def raise_if_mixed(self, check: Check) -> None:
-        """RuntimeError where rows carry other sequences' gradients."""
+    def raise_if_mixed(self, check: Check, groups: list[Any]) -> None:
+        """RuntimeError where rows carry other sequences' gradients, on all ranks of `groups` where it is on one."""
         found = self.verdict()
+        elsewhere = torch.tensor(float(bool(found)), device=self.weights[0].device)
+        for group in groups:
+            elsewhere = collectives.largest(elsewhere, group)
+        if not found and groups and bool(elsewhere):
+            raise check.runtime_error(
+                "another rank that works on these sequences has found rows that carry other sequences' gradients: its error "
+                "says where."
+            )
         if not found:
             return
         site, sequence, error = found[0]

@@ -1,7 +1,7 @@
 """A model's trainable parameters, known by the modules that hold them, whatever tensor stands there during a forward.
 
 Layer: parameters. FSDP2 puts a gathered tensor in a sharded parameter's place while its module works: gradients belong to the
-sharded one.
+sharded one. Under tensor parallelism a rank has a part of a parameter's gradient: squared norms add up over the parts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vcpo_kernels.parallel import fully_sharded
+from vcpo_kernels.core import checks
+from vcpo_kernels.core.checks import Check
+from vcpo_kernels.parallel import collectives, fully_sharded, tensor_parallel
+from vcpo_kernels.parallel.tensor_parallel import Part
 from vcpo_kernels.sequence_gradients.factors import ParameterGradient
+from vcpo_kernels.sequence_gradients.model_checks import parts_of
+from vcpo_kernels.sequence_gradients.over_sequence_ranks import Place
+from vcpo_kernels.sequences.segments import Segments
 
 
 class Parameters:
@@ -32,8 +38,14 @@ class Parameters:
         }
         sharded = [p for p in self.names if hasattr(p, "full_tensor")]
         self.mesh: Any = sharded[0].device_mesh if sharded else None  # type: ignore[attr-defined]
+        self._parts: dict[Tensor, Part] = {}
+        self._vocabulary_groups: dict[Tensor, Any] = {}  # of plain tensors that a head was told to be shards
         self._stand_ins: dict[Tensor, Tensor] = {}
         self._head_units: set[Any] = set()
+
+    def find_parts(self, check: Check) -> None:
+        """Which parts of the parameters this rank works with. Raises TypeError for a layout that no rule is known for."""
+        self._parts = parts_of(check, self._model, self._units)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.names)
@@ -85,31 +97,107 @@ class Parameters:
 
     # --- over the ranks -----------------------------------------------------------------------------------------------------
 
-    def largest(self, number: int) -> int:
+    def part(self, module: nn.Module, name: str) -> Part | None:
+        """What this rank has of a module's parameter (frozen or not) while it works; None: all, and no other rank shares it."""
+        parameter = module._parameters.get(name)
+        own = self._places.get((module, name), parameter)
+        return None if own is None else self._parts.get(own)
+
+    def note_vocabulary(self, parameter: Tensor, group: Any) -> None:
+        """A head was given this parameter as the shard of a vocabulary."""
+        if parameter not in self._parts:
+            self._vocabulary_groups[parameter] = group
+
+    def groups(self, segments: Segments) -> list[Any]:
+        """Of ranks that work on the same sequences: their backwards are one, and so are their errors."""
+        of_parts = dict.fromkeys(part.group for part in self._parts.values())
+        heads = dict.fromkeys(self._vocabulary_groups.values())
+        own = [segments.sequence_group] if segments.sequence_group is not None else []
+        return list(dict.fromkeys([*of_parts, *heads, *own]))
+
+    def largest(self, number: int, segments: Segments) -> int:
         """The largest of the ranks' numbers, where a backward is one that all of them take part in."""
-        if self.mesh is None:
-            return number
-        value = torch.tensor(number, device=self.mesh.device_type)
-        for dimension in range(self.mesh.ndim):
-            dist.all_reduce(value, dist.ReduceOp.MAX, group=self.mesh.get_group(dimension))
-        return int(value)
+        groups = self.groups(segments)
+        if self.mesh is not None:
+            groups = list(dict.fromkeys([*(self.mesh.get_group(d) for d in range(self.mesh.ndim)), *groups]))
+        value = torch.tensor(number, device=segments.offsets.device)
+        for group in groups:
+            value = collectives.largest(value, group)
+        return int(value) if groups else number
+
+    def place_of(self, parameter: Tensor) -> Place:
+        shape = tensor_parallel.shape_of(parameter, self._parts.get(parameter))
+        return Place(self.names[parameter], shape, parameter.device)
+
+    def over_parts(self, check: Check, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Squared norms [B] of whole parameters, from those of this rank's parts. One all-reduce over each group.
+
+        What ranks have whole is checked to be the same on all of them, where that can be read: a gradient that each has a
+        part of looks no different.
+        """
+        parts = {self.names[p]: part for p, part in self._parts.items() if p in self.names}
+        groups = {part.group: part for part in parts.values()}
+        split = {name: part.group for name, part in parts.items() if part.dim is not None}
+        split |= {self.names[p]: group for p, group in self._vocabulary_groups.items()}
+        for group in dict.fromkeys([*groups, *split.values()]):
+            shared = [name for name in norms if split.get(name) is group]
+            alike = [name for name in norms if name not in split] if group in groups else []
+            rows = [norms[name] for name in (*shared, *alike)]
+            squares = [norms[name].square() for name in alike]
+            found = collectives.summed(torch.stack([*rows, *squares]), group)
+            norms |= dict(zip(shared, found, strict=False))
+            if alike and checks.readable(found):
+                mean, square = (t / dist.get_world_size(group) for t in found[len(shared) :].split(len(alike)))
+                _check_alike(check, alike, mean, square)
+        return norms
 
     @torch.no_grad()
     def add(self, parameter: Tensor, parts: list[tuple[ParameterGradient, Tensor]]) -> None:
-        """parameter.grad += sum_i c_i gradient_i of each part (gradient, c). Of a sharded one, the mean over the ranks, all of
-        which call this.
+        """parameter.grad += sum_i c_i gradient_i of each part (gradient, c). Of one that FSDP2 shards, the mean over the ranks,
+        all of which call this.
         """
+        part = self._parts.get(parameter)
+        given: Any = parameter
         if not hasattr(parameter, "full_tensor"):
-            for gradient, c in parts:
-                fresh = parameter.grad is None
-                if parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter)
-                gradient.add_to(parameter.grad, c.to(parameter.device), fresh)
+            fresh = parameter.grad is None
+            if parameter.grad is None and parts:
+                parameter.grad = torch.empty_like(parameter)
+            _add_all(parameter.grad, parts, fresh)
             return
-        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        if not parts:
-            whole.zero_()
-        for k, (gradient, c) in enumerate(parts):
-            gradient.add_to(whole, c.to(whole.device), k == 0)
+        if part is not None and part.mesh.ndim == given.device_mesh.ndim:
+            local, fresh = tensor_parallel.local_gradient(parameter)
+            _add_all(local, parts, fresh)
+            return
+        whole = torch.empty(tensor_parallel.shape_of(given, part), dtype=parameter.dtype, device=parameter.device)
+        _add_all(whole, parts, True)
         mean = fully_sharded.averaged(whole, parameter)
         parameter.grad = mean if parameter.grad is None else parameter.grad.add_(mean)
+
+
+def _add_all(grad: Tensor | None, parts: list[tuple[ParameterGradient, Tensor]], fresh: bool) -> None:
+    """grad += the weighted sums of `parts`. fresh: grad holds nothing yet."""
+    if grad is None:
+        return
+    if fresh and not parts:
+        grad.zero_()
+    for k, (gradient, c) in enumerate(parts):
+        gradient.add_to(grad, c.to(grad.device), fresh and k == 0)
+
+
+# What differs between ranks that all have it whole: the order of a sum's additions. A part of a gradient differs in its size.
+_ALIKE = 0.05
+_NOISE = 1e-10  # of all squared norms: rounding, where the gradient itself is 0
+
+
+def _check_alike(check: Check, names: list[str], mean: Tensor, square: Tensor) -> None:
+    """mean, square [K, B]: of the ranks' norms and of their squares."""
+    spread = (square - mean.square()).clamp(min=0).sqrt()
+    differ = ((spread > _ALIKE * mean) & (mean > _NOISE * mean.sum(0))).any(1)
+    if bool(differ.any()):
+        name = names[int(differ.nonzero()[0])]
+        raise check.runtime_error(
+            f"the gradient of parameter {name!r}, which every rank has whole, is not the same on the ranks of the tensor "
+            "parallel group: each has a part of it (a norm over heads or tokens that are split), and nothing says so, or "
+            "dropout draws other masks on each. Put its module into the plan: SequenceParallel(sequence_dim=...) of "
+            "parallelize_module, or transformers' 'replicated_with_grad_allreduce'."
+        )

@@ -36,7 +36,7 @@ class Spans:
         """values [R, d] summed over each sequence's rows: [B, d], fp32 or float64."""
         dtype = wide(values.dtype)
         if self.equal:
-            return values.view(self.num_sequences, self.max_length, -1).sum(1, dtype=dtype)
+            return values.view(self.num_sequences, self.max_length, values.shape[-1]).sum(1, dtype=dtype)
         return torch.segment_reduce(values.to(dtype), "sum", offsets=self.offsets, unsafe=True)
 
     def largest(self, values: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class RowOwners:
 
     def __post_init__(self) -> None:
         s = self.segments
-        equal = s.order is None and s.shape is not None and len(s.shape) == 2
+        equal = s.order is None and s.shape is not None and len(s.shape) == 2 and s.shape[1] > 0
         if equal:
             assert s.shape is not None
             end, longest = math.prod(s.shape), s.shape[1]
@@ -91,12 +91,12 @@ class RowOwners:
         per_token = self.rows_per_token(site, lead)
         tensors = [t.expand(*lead, t.shape[-1]) for t in (grad, *others)]
         if self.equal:
-            return self._spans(per_token), [t.reshape(-1, t.shape[-1]) for t in tensors]
-        tokens = [t.reshape(-1, per_token, t.shape[-1]) for t in tensors]
+            return self._spans(per_token), [t.reshape(math.prod(lead), t.shape[-1]) for t in tensors]
+        tokens = [t.reshape(math.prod(lead) // max(per_token, 1), per_token, t.shape[-1]) for t in tensors]
         order = self.segments.order
         self.check_unassigned(site, tokens[0][self.end :] if order is None else tokens[0][order[self.end :]])
         kept = [t[: self.end] if order is None else t[order[: self.end]] for t in tokens]
-        return self._spans(per_token), [t.reshape(-1, t.shape[-1]) for t in kept]
+        return self._spans(per_token), [t.flatten(0, 1) for t in kept]
 
     def sort_by_sequence(self, positions: Tensor) -> tuple[Tensor, Spans]:
         """Of flat token positions [M]: the permutation that sorts them by sequence, and its spans.

@@ -53,7 +53,8 @@ class EssLearningRate:
     overridden `step`) finds the scaled rate: it may set another, but one that it multiplies is not divided back.
 
     Under DeepSpeed pass the inner optimizer, `engine.optimizer.optimizer` with ZeRO: its step may be called once for each group
-    or sub-group of parameters, and the factor, taken at the first, is that of all of them.
+    or sub-group of parameters, and the factor, taken at the first, is that of all of them. Under Megatron pass the inner ones,
+    `integrations.megatron.ess_rates(optimizer)`, and call `reset()` after a step that it skips.
 
     A step that raises leaves the rate scaled until the next step or `reset()`. In `step(closure)` ESS is taken before the
     closure runs, so observe before the step. The optimizer's hooks keep this object alive: it acts until `remove()`.

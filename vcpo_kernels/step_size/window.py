@@ -112,7 +112,7 @@ class Window:
         """Notice what came or went otherwise than by autograd; autograd's next arrival is then the first again."""
         now = {id(p): _state_of(p.grad) for p in self._parameters() if p.grad is not None}
         if not now and (self._arrived or self._seen):
-            self._forget()
+            self._gone()
         elif any(_differs(self._seen.get(key), state) for key, state in now.items()):
             self._arrive()
         self._seen, self._unseen = now, False
@@ -134,7 +134,7 @@ class Window:
         if self._seen and all(
             p.grad is None or (p is parameter and _is_new(before, p.grad)) for p in self._parameters()
         ):
-            self._forget()  # there were gradients, and this one is the first again
+            self._gone()  # there were gradients, and this one is the first again
         self._arrive()
 
     def _arrive(self) -> None:
@@ -142,6 +142,13 @@ class Window:
         self._held.clear()
         for o in self._observations:
             o.followed = True
+
+    def _gone(self) -> None:
+        """No parameter has the gradient that it had: cleared, or moved. Megatron's DistributedDataParallel adds each to
+        `main_grad` as it arrives and takes it off its parameter; only `clearing` is told then.
+        """
+        if not any(hasattr(p, "main_grad") for p in self._parameters()):
+            self._forget()
 
     def _forget(self) -> None:
         self._held += [o for o in self._observations if not (o.leads or o.followed)]

@@ -24,6 +24,7 @@ from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations.trl.config import check_ess
 from vcpo_kernels.integrations.trl.options import ASYNC_GRPO, refuse_options
 from vcpo_kernels.integrations.trl.step import EssStep
+from vcpo_kernels.integrations.trl.support import check_whole
 from vcpo_kernels.integrations.trl.window import behavior_logp
 from vcpo_kernels.sequences.log_weights import usable_below
 
@@ -124,6 +125,7 @@ class VCPOAsyncTrainer(AsyncGRPOTrainer):
                 "takes all arguments of AsyncGRPOConfig: change the name."
             )
         super().__init__(model, reward_funcs, args, *rest, **options)
+        check_whole(type(self).__name__, self.model)
         self._ess_step = EssStep(self, args.ess_rule, args.ess_reference, across_ranks=True)
         self.add_callback(self._ess_step)
 

@@ -19,15 +19,15 @@ class Options:
     """How each option of a configuration class is treated, by name; values are reasons.
 
     honoured: does what it does in TRL. refused: takes no value but TRL's default. limited: takes the listed values.
-    unset: options of transformers' TrainingArguments that must stay unset. whole_vocabulary: whether tensor parallelism,
-    which splits it, is refused.
+    unset: options of transformers' TrainingArguments that must stay unset. whole_sequences: whether parallelism that has
+    several ranks work on the same sequences is refused.
     """
 
     honoured: frozenset[str]
     refused: Mapping[str, str]
     limited: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     unset: Mapping[str, str] = field(default_factory=dict)
-    whole_vocabulary: bool = False
+    whole_sequences: bool = False
 
 
 # loss_type -> VCPOConfig.aggregation: how a loss type of TRL's weighs tokens, without its clipping.
@@ -103,7 +103,7 @@ GRPO = Options(
         "neftune_noise_alpha": "The two passes of a window would see different noise.",
         "label_smoothing_factor": "There are no labels to smooth.",
     },
-    whole_vocabulary=True,
+    whole_sequences=True,
 )  # fmt: skip
 
 ASYNC_GRPO = Options(
@@ -149,8 +149,12 @@ def refuse_options(where: str, args: Any, of_trl: type, inherited: type, options
     if str(getattr(args.optim, "value", args.optim)) in _STEPLESS_OPTIMIZERS:
         problems.append(f"optim={args.optim!r}: it updates inside backward, before the step's rate is known.")
     parallelism = getattr(args, "parallelism_config", None)
-    if options.whole_vocabulary and getattr(parallelism, "tp_enabled", False):
-        problems.append("parallelism_config.tp_size: the head's vocabulary would be split over ranks.")
+    shared = [n for n in ("tp", "cp", "sp") if options.whole_sequences and getattr(parallelism, f"{n}_enabled", False)]
+    problems += [
+        f"parallelism_config.{n}_size: several ranks would work on the same sequences, and a window counts every rank's. "
+        "A loop to copy is in docs/parallel.md."
+        for n in shared
+    ]
     if problems:
         raise ValueError(f"{where} does not honour these options:\n  " + "\n  ".join(problems))
 

@@ -14,11 +14,13 @@ from trl.trainer import grpo_trainer
 import vcpo_kernels as vk
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.integrations._idle import IdleWatch
+from vcpo_kernels.parallel import fully_sharded
 
 
 def check_support(trainer: Any) -> None:
     """Raise ValueError for a launcher, model or adapter that VCPOTrainer does not support."""
     check = Check(type(trainer).__name__)
+    check_whole(type(trainer).__name__, getattr(trainer, "model", None))
     if trainer.is_deepspeed_enabled:
         _check_deepspeed(check, trainer.accelerator.state.deepspeed_plugin.zero_stage, trainer.args.score_norm)
     if trainer.is_fsdp_enabled and not getattr(getattr(trainer, "accelerator", None), "is_fsdp2", False):
@@ -48,6 +50,20 @@ def _check_deepspeed(check: Check, stage: int, score_norm: str) -> None:
             "score_norm='exact' does not work with DeepSpeed's ZeRO, whose hooks wait for a gradient of each parameter that no "
             "backward forms there. Set score_norm='logit', or use FSDP2 (fsdp_config={'version': 2})."
         )
+
+
+def check_whole(where: str, model: Any) -> None:
+    """Raise ValueError where other ranks have the rest of this model's parameters, and the same sequences."""
+    if not isinstance(model, nn.Module):  # a name, which TRL loads
+        return
+    units = fully_sharded.units_of(model)
+    for name, module in model.named_modules():
+        if module not in units and any(hasattr(p, "full_tensor") for p in module._parameters.values()):
+            raise Check(where).value_error(
+                f"{name} has parameters that are split over ranks (tensor parallelism, tp_plan), which then have the same "
+                "sequences: a window counts every rank's. Load the model whole and launch with DDP or FSDP2, "
+                "or write the loop: docs/parallel.md has one to copy."
+            )
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from vcpo_kernels.integrations.trl.support import (
     check_adapted_head,
     check_head,
     check_support,
+    check_whole,
     idle_watch,
     warn_of_dropout,
     watch_idleness,
@@ -101,6 +102,7 @@ class VCPOTrainer(GRPOTrainer):
                 f"VCPOTrainer: args must be a VCPOTrainingConfig, got {checks.describe(type(args).__name__)}. It takes all "
                 "arguments of GRPOConfig: change the name."
             )
+        check_whole(type(self).__name__, model)  # before transformers' Trainer changes what it was told of the ranks
         with adapted_heads_allowed():
             super().__init__(model, reward_funcs, args, *rest, **options)
         self._window_config = WindowConfig(
