@@ -36,8 +36,9 @@ SINGLE_AND_DOUBLE = frozenset({torch.float32, torch.float64})
 class Backend:
     """One implementation of some ops.
 
-    ops, devices, dtypes: what it serves (dtypes are those of the largest input; dtypes_of: of an op that differs). probe: None where it can run here, else
-    the reason. relative_error: bound on its fp32 outputs against float64, as a factor of (1 + |value|); tests read it.
+    ops, devices, dtypes: what it serves (dtypes are those of the largest input; dtypes_of: of an op that differs).
+    probe: None where it can run here, else the reason. relative_error: bound on its fp32 outputs against float64, as a
+    factor of (1 + |value|); tests read it.
     min_capability: the oldest GPU that it runs on; None: any device's. package: where its modules are; None: under its name.
     """
 
@@ -229,8 +230,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Forward and backward each use the backend in force when they run, so keep `loss.backward()` inside to force both.
     What the backend cannot serve raises RuntimeError with every backend's reasons; only ops other than row ops that it
-    does not have at all ("cuda" has none), or not in that dtype, go to the default one. Not thread-safe: it is meant for tests and
-    comparisons.
+    does not have at all ("cuda" has none), or not in that dtype, go to the default one. Not thread-safe: it is meant for
+    tests and comparisons.
 
     Raises ValueError for an unknown name.
 

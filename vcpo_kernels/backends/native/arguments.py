@@ -48,7 +48,8 @@ def segments_argument(
 ) -> Iterator[_native.Segments]:
     """A Segments' tensors, which are kept for as long as the extension reads them."""
     held = [t if t is None else t.contiguous() for t in (mask, offsets, order)]
-    yield _native.Segments(*map(address, held), offsets.shape[0] - 1, num_tokens)
+    at = [address(t) for t in held]
+    yield _native.Segments(at[0], at[1], at[2], offsets.shape[0] - 1, num_tokens)
 
 
 @contextlib.contextmanager

@@ -37,8 +37,7 @@ def forward(
 ) -> SequenceResults:
     """See the reference."""
     inputs = [
-        t if t is None else t.contiguous()
-        for t in (logp, behavior_logp, token_scores, score_norms, rewards, group_ids)
+        t if t is None else t.contiguous() for t in (logp, behavior_logp, token_scores, score_norms, rewards, group_ids)
     ]
     batch = rewards.shape[0]
     results = SequenceResults(
