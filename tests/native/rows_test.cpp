@@ -17,6 +17,7 @@
 #include "../../csrc/cpu/isa.h"
 #include "../../csrc/row_ops.h"
 #include "checks.h"
+#include "sequences_test.h"
 
 namespace {
 
@@ -244,6 +245,7 @@ int main() {
   check_dtypes();
   check_merge<float>();
   check_merge<double>();
+  check_sequences();
   for (const vcpo::Isa isa : vcpo::isa_available()) {
     vcpo::isa_choose(vcpo::isa_name(isa));
     check_dtype_rows<float>();
