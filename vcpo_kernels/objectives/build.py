@@ -135,7 +135,7 @@ def build_objective(
     terms = checked_terms(check, aggregation, common)
     ranks = ranks_of(check, terms["ranks"], segments)
     tokens = token_batch(check, stats, behavior_logp, advantages, segments, proximal_logp)
-    warn_of_behavior(check.where, tokens.logp, tokens.behavior_logp, tokens.valid)
+    warn_of_behavior(check.where, tokens.logp, tokens.behavior_logp, tokens.valid, tokens.log_weight)
     policy = _policy(check, rule(tokens), tokens, correction, terms.get("token_weights"))
     kl = _kl(check, terms, tokens) if terms["kl_coefficient"] else None
     held = None
@@ -146,10 +146,10 @@ def build_objective(
     summands = _summands(tokens, policy, kl, held)
     sums = step_sums(
         ranks, tokens, Aggregation(aggregation, terms["num_sequences"], terms["num_tokens"], max_tokens),
-        terms["ess_max_weight"], summands.rows(), policy.values,
+        terms["ess_max_weight"], summands.blocks(), policy.values,
     )  # fmt: skip
     scale, shape = sums.scale, stats.logp.shape
-    loss, coefficients, to_entropy = -sums.own_objective, scale * policy.coefficients, None
+    loss, coefficients, to_entropy = sums.own_loss, scale * policy.coefficients, None
     if kl is not None:
         factor = terms["kl_coefficient"] * scale
         loss, coefficients = loss + (factor * kl.values).sum(), coefficients - factor * kl.slopes
@@ -218,7 +218,8 @@ def _policy(
         ok = ok & ~tokens.any_of_sequence(~ok)
     largest = torch.finfo(tokens.logp.dtype).max  # beyond it the gradient would be inf in its own dtype
     ok = ok & (torch.linalg.vector_norm(terms, math.inf, 0) <= largest)
-    return _Policy(*torch.where(ok, terms, 0.0).unbind(), ok, metrics)
+    a, v = torch.where(ok, terms, 0.0).unbind()
+    return _Policy(a, v, ok, metrics)
 
 
 def _token_weights(check: Check, weights: Tensor, tokens: TokenBatch) -> Tensor:
@@ -272,11 +273,10 @@ class _Summands(NamedTuple):
     averaged: dict[str, Tensor]
     others: dict[str, Tensor]
 
-    def rows(self) -> Tensor:
-        """[K, N], in the order of the fields."""
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """Two [K, N]: averaged; in_loss and others."""
         finite = torch.stack(list(self.averaged.values())).nan_to_num(0.0, 0.0, 0.0)
-        averaged = torch.where(self.in_loss, finite, 0.0)
-        return torch.cat([torch.stack([self.in_loss, *self.others.values()]), averaged])
+        return torch.where(self.in_loss, finite, 0.0), torch.stack([self.in_loss, *self.others.values()])
 
 
 def _summands(tokens: TokenBatch, policy: _Policy, kl: _KL | None, held: Tensor | None) -> _Summands:
@@ -291,10 +291,10 @@ def _summands(tokens: TokenBatch, policy: _Policy, kl: _KL | None, held: Tensor 
 
 def _metrics(sums: StepSums, summands: _Summands, dtype: torch.dtype) -> dict[str, Tensor]:
     ess, ratio = ess_from_moments(sums.moments)
-    of_others = 1 + len(summands.others)
-    in_loss, *others = sums.totals[:of_others].unbind()
-    totals = dict(zip(summands.others, others, strict=True))
-    means = (sums.totals[of_others:] / in_loss.clamp(min=1)).unbind()
+    averaged, others = sums.totals
+    in_loss, *rest = others.unbind()
+    totals = dict(zip(summands.others, rest, strict=True))
+    means = (averaged / in_loss.clamp(min=1)).unbind()
     metrics = {
         "ess": ess,
         "ess_ratio": ratio,
@@ -303,7 +303,7 @@ def _metrics(sums: StepSums, summands: _Summands, dtype: torch.dtype) -> dict[st
         "nonfinite_tokens": sums.num_tokens - in_loss,
         **log_ratio_means(totals),
         **dict(zip(summands.averaged, means, strict=True)),
-        "policy_loss": -sums.objective,
+        "policy_loss": sums.loss,
     }
     if "kl_mean" in totals:
         metrics["kl_mean"] = totals["kl_mean"] / totals["kl_tokens"].clamp(min=1)

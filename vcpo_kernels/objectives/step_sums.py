@@ -8,6 +8,7 @@ rank then has the step's, to the same bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,19 +37,19 @@ class Aggregation(NamedTuple):
 
 class StepSums(NamedTuple):
     """scale: k_t [N] of this rank's tokens, 0 where one does not count. log_weights: L_i [B] of this rank's sequences.
-    own_objective: sum_t k_t v_t of this rank's tokens, 0-d float64.
+    own_loss: -sum_t k_t v_t of this rank's tokens, 0-d float64.
 
-    Of the step, float64: num_sequences, num_tokens, objective: 0-d; totals: [K], sums over tokens; moments: its log-weights'
-    (`ess_moments`).
+    Of the step, float64: num_sequences, num_tokens, loss: 0-d; totals: sums over tokens, [K] of each block of summands;
+    moments: its log-weights' (`ess_moments`).
     """
 
     scale: Tensor
     log_weights: Tensor
-    own_objective: Tensor
+    own_loss: Tensor
     num_sequences: Tensor
     num_tokens: Tensor
-    objective: Tensor
-    totals: Tensor
+    loss: Tensor
+    totals: Sequence[Tensor]
     moments: Tensor
 
 
@@ -57,19 +58,18 @@ def step_sums(
     tokens: TokenBatch,
     aggregation: Aggregation,
     ess_max_weight: float | None,
-    summands: Tensor,
+    summands: Sequence[Tensor],
     values: Tensor,
 ) -> StepSums:
-    """summands: [K, N], values: v_t [N] float64; 0 where a token does not count."""
+    """summands: blocks [K, N], values: v_t [N] float64; 0 where a token does not count."""
     if ranks is not None:
         return _of_ranks(ranks, tokens, aggregation, ess_max_weight, summands, values)
     lengths = tokens.lengths
     step = _of_sequences(aggregation, lengths, tokens.log_weights, ess_max_weight)
     scale = tokens.spread(step.scale)
-    objective = (scale * values).sum()
-    return StepSums(
-        scale, tokens.log_weights, objective, *step.counted, objective, summands.sum(1, dtype=torch.float64), step.moments
-    )
+    loss = -(scale * values).sum()
+    totals = [block.sum(1, dtype=torch.float64) for block in summands]
+    return StepSums(scale, tokens.log_weights, loss, *step.counted, loss, totals, step.moments)
 
 
 def _of_ranks(
@@ -77,21 +77,21 @@ def _of_ranks(
     tokens: TokenBatch,
     aggregation: Aggregation,
     ess_max_weight: float | None,
-    summands: Tensor,
+    summands: Sequence[Tensor],
     values: Tensor,
 ) -> StepSums:
     own, dtype = tokens.segments.of_this_rank(), tokens.logp.dtype
     # In logp's dtype: float64 has no segment kernels on a GPU. Sums over sequences are in float64 again.
-    of_tokens = [tokens.valid.to(dtype), tokens.log_weight, values.to(dtype), *summands.to(dtype)]
+    of_tokens = [tokens.valid.to(dtype), tokens.log_weight, values.to(dtype), *torch.cat(list(summands)).to(dtype)]
     sums = torch.stack([own.reduce(column) for column in of_tokens], 1).double()
     sums = collectives.summed(sums, tokens.segments.sequence_group)
     every = collectives.gathered_rows(sums, ranks.data, ranks.uneven)
-    lengths, log_weights, objectives = every.rows[:, :3].unbind(1)
+    lengths, log_weights, weighted = every.rows[:, :3].unbind(1)
     step = _of_sequences(aggregation, lengths, log_weights, ess_max_weight)
     scale = tokens.spread(step.scale[every.mine])
     return StepSums(
-        scale, sums[:, 1].to(dtype), (scale * values).sum(), *step.counted, (step.scale * objectives).sum(),
-        every.rows[:, 3:].sum(0), step.moments,
+        scale, sums[:, 1].to(dtype), -(scale * values).sum(), *step.counted, -(step.scale * weighted).sum(),
+        every.rows[:, 3:].sum(0).split([len(block) for block in summands]), step.moments,
     )  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def token_batch(
     else:
         _check_token_advantages(check, advantages, segments, stats.logp)
         spread = tokens("advantages", advantages)
-    if checks.readable(spread) and len(spread) and not math.isfinite(spread.norm(math.inf)):
+    if checks.readable(spread) and len(spread) and not math.isfinite(torch.linalg.vector_norm(spread, math.inf)):
         at = int((~spread.isfinite()).nonzero()[0])
         raise check.value_error(
             f"advantages of valid tokens must be finite, got {float(spread[at])} at flat position {at}. "

@@ -58,24 +58,31 @@ def log_ratio_means(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def warn_of_behavior(where: str, logp: Tensor, behavior_logp: Tensor, valid: Tensor) -> None:
-    """logp, behavior_logp: flat [N]. valid: bool [N], the tokens that count."""
-    if not checks.readable(logp):
+def warn_of_behavior(
+    where: str, logp: Tensor, behavior_logp: Tensor, valid: Tensor, log_ratio: Tensor | None = None
+) -> None:
+    """logp, behavior_logp: flat [N]. valid: bool [N], the tokens that count. log_ratio: logp - behavior_logp, of a caller who
+    has it, where all three are 0 at other tokens.
+    """
+    if not checks.readable(logp) or not len(logp):
         return
     logp, behavior_logp = detached(logp), detached(behavior_logp)
-    theta, mu = logp[valid], behavior_logp[valid]
-    if len(mu) and not _healthy(theta, mu):
-        _say(where, _cause(theta.double(), mu.double(), logp, behavior_logp, valid))
+    if log_ratio is None:
+        log_ratio = torch.where(valid, logp - behavior_logp, 0.0)
+        highest = torch.where(valid, behavior_logp, -math.inf).max()
+    else:
+        highest = behavior_logp.max()
+    if not _healthy(highest, log_ratio, valid) and bool(valid.any()):
+        theta, mu = logp[valid].double(), behavior_logp[valid].double()
+        _say(where, _cause(theta, mu, logp, behavior_logp, valid))
 
 
-def _healthy(theta: Tensor, mu: Tensor) -> bool:
-    """Whether a few sums rule out all of `_cause`, which has the last word where they do not. NaN and inf anywhere: False."""
-    ratio = theta - mu
-    sums = (mu.max(), ratio.norm(1, dtype=torch.float64), (ratio > DIFFERENT).sum())
-    highest, magnitude, above = torch.stack(sums).tolist()
-    # One-sided takes 49 tokens below mu for one above.
-    mixed = above > (1 - ONE_SIDED) * len(mu)
-    return highest <= POSITIVE and 0 < magnitude <= FAR * len(mu) and mixed
+def _healthy(highest: Tensor, log_ratio: Tensor, valid: Tensor) -> bool:
+    """Whether four numbers rule out all of `_cause`, which has the last word where they do not. NaN and inf are no health."""
+    numbers = (highest, torch.linalg.vector_norm(log_ratio, 1, dtype=torch.float64), (log_ratio > DIFFERENT).sum(), valid.sum())
+    peak, magnitude, above, count = torch.stack(numbers).tolist()
+    mixed = above > (1 - ONE_SIDED) * count  # one-sided are ONE_SIDED of those that differ
+    return peak <= POSITIVE and 0 < magnitude <= FAR * count and mixed
 
 
 def warn_of_means(where: str, tokens: float, abs_mean: float, negative_fraction: float) -> None:
