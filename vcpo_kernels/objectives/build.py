@@ -138,9 +138,10 @@ def build_objective(
     warn_of_behavior(check.where, tokens.logp, tokens.behavior_logp, tokens.valid, tokens.log_weight)
     policy = _policy(check, rule(tokens), tokens, correction, terms.get("token_weights"))
     kl = _kl(check, terms, tokens) if terms["kl_coefficient"] else None
-    held = None
+    entropy, held = stats.entropy, None
     if terms["entropy_coefficient"]:
-        held = torch.where(tokens.valid, detached(segments.flat(check, "stats", stats.entropy)).double(), 0.0)
+        entropy = segments.flat(check, "stats", entropy)
+        held = torch.where(tokens.valid, detached(entropy).double(), 0.0)
 
     max_tokens = longest_possible(check, aggregation, terms["max_tokens"], segments, "max_tokens", "Set max_tokens")
     summands = _summands(tokens, policy, kl, held)
@@ -148,24 +149,24 @@ def build_objective(
         ranks, tokens, Aggregation(aggregation, terms["num_sequences"], terms["num_tokens"], max_tokens),
         terms["ess_max_weight"], summands.blocks(), policy.values,
     )  # fmt: skip
-    scale, shape = sums.scale, stats.logp.shape
+    scale = sums.scale
     loss, coefficients, to_entropy = sums.own_loss, scale * policy.coefficients, None
     if kl is not None:
         factor = terms["kl_coefficient"] * scale
         loss, coefficients = loss + (factor * kl.values).sum(), coefficients - factor * kl.slopes
     if held is not None:
         loss = loss - terms["entropy_coefficient"] * (scale * held).sum()
-        to_entropy = (terms["entropy_coefficient"] * scale.double()).to(stats.entropy.dtype).view(shape)
-    coefficients = coefficients.to(stats.logp.dtype).view(shape)
+        to_entropy = (terms["entropy_coefficient"] * scale.double()).to(entropy.dtype)
+    coefficients = coefficients.to(stats.logp.dtype).view(stats.logp.shape)
     share = 1 if ranks is None else ranks.loss_factor
     enters = (coefficients, to_entropy, loss)
     if share != 1:
         enters = (share * coefficients, None if to_entropy is None else share * to_entropy, share * loss)
     metrics = _metrics(sums, summands, tokens.logp.dtype)
     return ObjectiveOutput(
-        loss=token_loss(stats.logp, stats.entropy, *enters),
+        loss=token_loss(stats.logp, entropy, *enters),
         coefficients=coefficients,
-        entropy_coefficients=to_entropy,
+        entropy_coefficients=None if to_entropy is None else to_entropy.view(stats.logp.shape),
         log_weights=sums.log_weights,
         ess=metrics["ess"],
         ess_ratio=metrics["ess_ratio"],

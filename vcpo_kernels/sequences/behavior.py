@@ -79,9 +79,10 @@ def warn_of_behavior(
 
 def _healthy(highest: Tensor, log_ratio: Tensor, valid: Tensor) -> bool:
     """Whether four numbers rule out all of `_cause`, which has the last word where they do not. NaN and inf are no health."""
-    numbers = (highest, torch.linalg.vector_norm(log_ratio, 1, dtype=torch.float64), (log_ratio > DIFFERENT).sum(), valid.sum())
-    peak, magnitude, above, count = torch.stack(numbers).tolist()
-    mixed = above > (1 - ONE_SIDED) * count  # one-sided are ONE_SIDED of those that differ
+    total = torch.linalg.vector_norm(log_ratio, 1, dtype=torch.float64)
+    above = (log_ratio > DIFFERENT).sum()
+    peak, magnitude, more, count = torch.stack([highest, total, above, valid.sum()]).tolist()
+    mixed = more > (1 - ONE_SIDED) * count  # one-sided are ONE_SIDED of those that differ
     return peak <= POSITIVE and 0 < magnitude <= FAR * count and mixed
 
 
