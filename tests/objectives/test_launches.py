@@ -23,22 +23,26 @@ LAUNCHES = {"gspo": 106, "cispo": 85, "topr": 98, "ppo_clip": 99, "vcpo_loss": 2
 pytestmark = pytest.mark.cpu_only("counted without a GPU")
 
 
-def call_of(name: str) -> Callable[[], Any]:
-    """A healthy padded batch, of which nothing is to be said."""
+def call_of(name: str, drift: float = 0.1) -> Callable[[], Any]:
+    """A healthy padded batch, of which nothing is to be said: logits that far from the sampler's."""
     logits, mask = torch.randn(B, T, V), torch.ones(B, T, dtype=torch.bool)
     ids = torch.distributions.Categorical(logits=logits).sample()
     mu = torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
-    stats = vk.token_stats((logits + 0.1 * torch.randn(B, T, V)).requires_grad_(), ids, mask)
+    stats = vk.token_stats((logits + drift * torch.randn(B, T, V)).requires_grad_(), ids, mask)
     segments, rewards = vk.Segments.padded(mask), torch.randn(B)
     if name == "vcpo_loss":
         return lambda: vk.vcpo_loss(stats, mu, rewards, 2, segments)
     return lambda: getattr(objectives, name)(stats, mu, rewards, segments)
 
 
+@pytest.mark.parametrize("drift", [0.1, 1e-5])
 @pytest.mark.parametrize("name", CALLS)
-def test_calls_on_a_cpu(name: str) -> None:
-    """Each costs a host a few microseconds, more than 64 tokens of it take: they are the price of a small batch."""
-    call = call_of(name)
+def test_calls_on_a_cpu(name: str, drift: float) -> None:
+    """Each costs a host some microseconds, more than 64 tokens' arithmetic: they are the price of a small batch.
+
+    As many on policy, where the ratios are rounding.
+    """
+    call = call_of(name, drift)
     call()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         call()

@@ -82,7 +82,8 @@ def _healthy(highest: Tensor, log_ratio: Tensor, valid: Tensor) -> bool:
     total = torch.linalg.vector_norm(log_ratio, 1, dtype=torch.float64)
     above = (log_ratio > DIFFERENT).sum()
     peak, magnitude, more, count = torch.stack([highest, total, above, valid.sum()]).tolist()
-    mixed = more > (1 - ONE_SIDED) * count  # one-sided are ONE_SIDED of those that differ
+    # One-sided are, noticeably, ONE_SIDED of those that differ.
+    mixed = magnitude < NOTICEABLE * count or more > (1 - ONE_SIDED) * count
     return peak <= POSITIVE and 0 < magnitude <= FAR * count and mixed
 
 
