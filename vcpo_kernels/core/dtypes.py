@@ -13,9 +13,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def in_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """values.to(dtype); no call where it is of it already, since even one that does nothing takes a kernel's time on a host."""
+    return values if values.dtype == dtype else values.to(dtype)
+
+
 def widened(values: Tensor) -> Tensor:
     """The tensor in `wide` of its dtype: itself where it is fp32 or float64 already."""
-    return values.to(wide(values.dtype))
+    return in_dtype(values, wide(values.dtype))
+
+
+def detached(values: Tensor) -> Tensor:
+    """values.detach(), where there is anything to be detached from."""
+    return values.detach() if values.requires_grad else values
 
 
 def needs_grad(*tensors: Tensor | None) -> tuple[bool, ...]:

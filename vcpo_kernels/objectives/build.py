@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.dtypes import detached, in_dtype
 from vcpo_kernels.objectives.common import CommonTerms, checked_terms
 from vcpo_kernels.objectives.correction import Correction, corrected_weights
 from vcpo_kernels.objectives.kl import ESTIMATORS
@@ -134,36 +135,37 @@ def build_objective(
     terms = checked_terms(check, aggregation, common)
     ranks = ranks_of(check, terms["ranks"], segments)
     tokens = token_batch(check, stats, behavior_logp, advantages, segments, proximal_logp)
-    warn_of_behavior(check.where, tokens.logp, tokens.behavior_logp, tokens.valid)
+    warn_of_behavior(check.where, tokens.logp, tokens.behavior_logp, tokens.valid, tokens.log_weight)
     policy = _policy(check, rule(tokens), tokens, correction, terms.get("token_weights"))
     kl = _kl(check, terms, tokens) if terms["kl_coefficient"] else None
-    entropy = segments.flat(check, "stats", stats.entropy)
-    held = torch.where(tokens.valid, entropy.detach().double(), 0.0) if terms["entropy_coefficient"] else None
+    entropy, held = stats.entropy, None
+    if terms["entropy_coefficient"]:
+        entropy = segments.flat(check, "stats", entropy)
+        held = torch.where(tokens.valid, detached(entropy).double(), 0.0)
 
     max_tokens = longest_possible(check, aggregation, terms["max_tokens"], segments, "max_tokens", "Set max_tokens")
+    summands = _summands(tokens, policy, kl, held)
     sums = step_sums(
         ranks, tokens, Aggregation(aggregation, terms["num_sequences"], terms["num_tokens"], max_tokens),
-        terms["ess_max_weight"], _summands(tokens, policy, kl, held), {"policy": policy.values},
+        terms["ess_max_weight"], summands.blocks(), policy.values,
     )  # fmt: skip
     scale = sums.scale
-    loss, coefficients, to_entropy = -(scale * policy.values).sum(), scale * policy.coefficients, None
+    loss, coefficients, to_entropy = sums.own_loss, scale * policy.coefficients, None
     if kl is not None:
         factor = terms["kl_coefficient"] * scale
         loss, coefficients = loss + (factor * kl.values).sum(), coefficients - factor * kl.slopes
     if held is not None:
         loss = loss - terms["entropy_coefficient"] * (scale * held).sum()
         to_entropy = (terms["entropy_coefficient"] * scale.double()).to(entropy.dtype)
-    logp = segments.flat(check, "stats", stats.logp)
-    coefficients = coefficients.to(logp.dtype)
+    coefficients = coefficients.to(stats.logp.dtype).view(stats.logp.shape)
     share = 1 if ranks is None else ranks.loss_factor
     enters = (coefficients, to_entropy, loss)
     if share != 1:
         enters = (share * coefficients, None if to_entropy is None else share * to_entropy, share * loss)
-    metrics = _metrics(sums, policy, kl is not None, held is not None)
-    metrics = {key: _in_range(value, sums.log_weights.dtype) for key, value in metrics.items()}
+    metrics = _metrics(sums, summands, tokens.logp.dtype)
     return ObjectiveOutput(
-        loss=token_loss(logp, entropy, *enters),
-        coefficients=coefficients.view(stats.logp.shape),
+        loss=token_loss(stats.logp, entropy, *enters),
+        coefficients=coefficients,
         entropy_coefficients=None if to_entropy is None else to_entropy.view(stats.logp.shape),
         log_weights=sums.log_weights,
         ess=metrics["ess"],
@@ -171,11 +173,6 @@ def build_objective(
         ess_moments=sums.moments,
         metrics=metrics,
     )
-
-
-def _in_range(value: Tensor, dtype: torch.dtype) -> Tensor:
-    largest = torch.finfo(dtype).max
-    return value.clamp(-largest, largest).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -192,8 +189,9 @@ def _policy(
     check: Check, rule: TokenTerms, tokens: TokenBatch, correction: Correction | None, token_weights: Tensor | None
 ) -> _Policy:
     _check_rule(check, rule, tokens)
-    a = rule.coefficients.detach().double()
-    v = times(a, tokens.logp.double()) if rule.values is None else rule.values.detach().double()
+    a = detached(rule.coefficients)
+    v = times(a.double(), tokens.logp) if rule.values is None else detached(rule.values)
+    terms = in_dtype(torch.stack([a, v]), torch.float64)
     metrics = dict(rule.metrics)
     ok = tokens.valid
     if rule.uses_ratio:
@@ -211,25 +209,25 @@ def _policy(
                 "own ratio is pi/mu already; leave correction=None."
             )
         weights, outside = corrected_weights(tokens, tokens.log_correction, correction)
-        a, v = times(weights.double(), a), times(weights.double(), v)
+        terms = times(weights, terms)
         ok = ok & (tokens.log_correction < math.inf)
         per_sequence = per_sequence or correction.level == "sequence"
         metrics = {**metrics, "correction_mean": weights, "correction_outside_fraction": outside}
     if token_weights is not None:
-        extra = _token_weights(check, token_weights, tokens).double()
-        a, v = times(extra, a), times(extra, v)
+        terms = times(_token_weights(check, token_weights, tokens), terms)
     if per_sequence:
         ok = ok & ~tokens.any_of_sequence(~ok)
     largest = torch.finfo(tokens.logp.dtype).max  # beyond it the gradient would be inf in its own dtype
-    ok = ok & (a.abs() <= largest) & (v.abs() <= largest)
-    return _Policy(torch.where(ok, a, 0.0), torch.where(ok, v, 0.0), ok, metrics)
+    ok = ok & (torch.linalg.vector_norm(terms, math.inf, 0) <= largest)
+    a, v = torch.where(ok, terms, 0.0).unbind()
+    return _Policy(a, v, ok, metrics)
 
 
 def _token_weights(check: Check, weights: Tensor, tokens: TokenBatch) -> Tensor:
     check.tensor("token_weights", weights, checks.FLOAT_DTYPES, "Convert it: token_weights.float().")
     if tuple(weights.shape) == (tokens.segments.num_sequences,):
         check.same_device("token_weights", weights, "stats", tokens.logp)
-        return tokens.spread(weights.detach().to(tokens.logp.dtype))
+        return tokens.spread(detached(weights))
     return torch.where(tokens.valid, like_logp(check, "token_weights", weights, tokens.segments, tokens.logp), 0.0)
 
 
@@ -266,47 +264,53 @@ def _kl(check: Check, terms: dict[str, Any], tokens: TokenBatch) -> _KL:
     return _KL(torch.where(ok, kl, 0.0), torch.where(ok, slope, 0.0), ok)
 
 
-def _summands(tokens: TokenBatch, policy: _Policy, kl: _KL | None, held: Tensor | None) -> dict[str, Tensor]:
-    """What metrics are made of once it is summed over the step's tokens, [N] float64."""
+class _Summands(NamedTuple):
+    """What metrics are made of once it is summed over the step's tokens, each [N], of any dtype.
 
-    def in_loss(values: Tensor) -> Tensor:
-        return torch.where(policy.in_loss & values.isfinite(), values.double(), 0.0)
+    in_loss: tokens that are in it. averaged: counted where they are in the loss and finite. others: 0 where they do not count.
+    """
 
-    summands = {
-        "in_loss": policy.in_loss.double(),
-        "nonfinite_tokens": (tokens.valid & ~policy.in_loss).double(),
-        "ratio_mean": in_loss(tokens.ratio),
-        "approx_kl": in_loss(-tokens.log_weight),
-        **{f"method {key}": in_loss(values.double()) for key, values in policy.metrics.items()},
-        **log_ratio_values(tokens.log_weight, tokens.valid),
-    }
+    in_loss: Tensor
+    averaged: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """Two [K, N]: averaged; in_loss and others."""
+        finite = torch.stack(list(self.averaged.values())).nan_to_num(0.0, 0.0, 0.0)
+        return torch.where(self.in_loss, finite, 0.0), torch.stack([self.in_loss, *self.others.values()])
+
+
+def _summands(tokens: TokenBatch, policy: _Policy, kl: _KL | None, held: Tensor | None) -> _Summands:
+    averaged = {"ratio_mean": tokens.ratio, "approx_kl": -tokens.log_weight, **policy.metrics}
+    others = log_ratio_values(tokens.log_weight, tokens.valid)
     if kl is not None:
-        summands["kl_mean"], summands["kl_tokens"] = kl.values, kl.ok.double()
-        summands["kl_nonfinite_tokens"] = (tokens.valid & ~kl.ok).double()
+        others["kl_mean"], others["kl_tokens"] = kl.values, kl.ok
     if held is not None:
-        summands["entropy_mean"] = held
-    return summands
+        others["entropy_mean"] = held
+    return _Summands(policy.in_loss, averaged, others)
 
 
-def _metrics(sums: StepSums, policy: _Policy, kl: bool, entropy: bool) -> dict[str, Tensor]:
-    totals = sums.totals
+def _metrics(sums: StepSums, summands: _Summands, dtype: torch.dtype) -> dict[str, Tensor]:
     ess, ratio = ess_from_moments(sums.moments)
-    count = totals["in_loss"].clamp(min=1)
+    averaged, others = sums.totals
+    in_loss, *rest = others.unbind()
+    totals = dict(zip(summands.others, rest, strict=True))
+    means = (averaged / in_loss.clamp(min=1)).unbind()
     metrics = {
         "ess": ess,
         "ess_ratio": ratio,
         "num_sequences": sums.num_sequences,
         "num_tokens": sums.num_tokens,
-        "nonfinite_tokens": totals["nonfinite_tokens"],
-        "ratio_mean": totals["ratio_mean"] / count,
-        "approx_kl": totals["approx_kl"] / count,
+        "nonfinite_tokens": sums.num_tokens - in_loss,
         **log_ratio_means(totals),
-        **{key: totals[f"method {key}"] / count for key in policy.metrics},
-        "policy_loss": -sums.scaled["policy"],
+        **dict(zip(summands.averaged, means, strict=True)),
+        "policy_loss": sums.loss,
     }
-    if kl:
+    if "kl_mean" in totals:
         metrics["kl_mean"] = totals["kl_mean"] / totals["kl_tokens"].clamp(min=1)
-        metrics["kl_nonfinite_tokens"] = totals["kl_nonfinite_tokens"]
-    if entropy:
+        metrics["kl_nonfinite_tokens"] = sums.num_tokens - totals["kl_tokens"]
+    if "entropy_mean" in totals:
         metrics["entropy_mean"] = totals["entropy_mean"] / sums.num_tokens.clamp(min=1)
-    return metrics
+    largest = torch.finfo(dtype).max
+    in_range = torch.stack(list(metrics.values())).clamp(-largest, largest)
+    return dict(zip(metrics, in_dtype(in_range, dtype).unbind(), strict=True))

@@ -36,16 +36,12 @@ class ClippedObjective(TokenObjective):
         """min(r A, clip(r) A), its derivative and what was clipped, from log r; A < 0 stops at r = e^dual."""
         low = log1p(-self.clip_low) if self.clip_low < 1 else -math.inf
         high = log1p(self.clip_high)
-        clipped_high = (advantages > 0) & (log_ratio > high)
-        clipped_low = (advantages < 0) & (log_ratio < low)
-        dual_clipped = None if dual is None else (advantages < 0) & (log_ratio > dual)
+        good, bad = advantages > 0, advantages < 0
+        clipped_high, clipped_low = good & (log_ratio > high), bad & (log_ratio < low)
+        dual_clipped = None if dual is None else bad & (log_ratio > dual)
         flat = clipped_high | clipped_low if dual_clipped is None else clipped_high | clipped_low | dual_clipped
         # A bound acts on the side of its sign alone: above for A > 0, below (and at the dual bound) for A < 0.
-        bounded = torch.where(
-            advantages > 0,
-            clamped(log_ratio, high=high),
-            clamped(log_ratio, low, dual),
-        )
+        bounded = torch.where(good, clamped(log_ratio, high=high), clamped(log_ratio, low, dual))
         values = times(exp_or_drop(bounded), advantages)
         metrics = {"clip_fraction": flat, "clip_low_fraction": clipped_low, "clip_high_fraction": clipped_high}
         if dual_clipped is not None:

@@ -65,7 +65,7 @@ def corrected_weights(tokens: TokenBatch, log_ratio: Tensor, correction: Correct
     """The weight of each token [N], and whether its bounds acted on it (bool [N]). NaN where log_ratio is NaN."""
     log_w = log_ratio if correction.level == "token" else tokens.sequence_sum(log_ratio)
     low, high = log_or(correction.minimum, -math.inf), log_or(correction.maximum, math.inf)
-    outside = (log_w < low) | (log_w > high)
+    outside = log_w > high if correction.minimum is None else (log_w < low) | (log_w > high)
     if correction.mode == "truncate":
         return exp_or_drop(clamped(log_w, low, high)), outside
     return torch.where(outside, 0.0, exp_or_drop(log_w)), outside

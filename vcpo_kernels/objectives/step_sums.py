@@ -8,7 +8,7 @@ rank then has the step's, to the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,24 +30,26 @@ class Aggregation(NamedTuple):
     num_tokens: float | None
     max_tokens: float | None
 
-    def scale(self, lengths: Tensor) -> Tensor:
-        """k_i of a step's sequences, [B] float64, from the lengths of all."""
-        return step_scale(self.name, lengths, self.num_sequences, self.num_tokens, self.max_tokens)
+    def scale(self, lengths: Tensor, counted: tuple[Tensor, Tensor]) -> Tensor:
+        """k_i of a step's sequences, [B] float64, from the lengths of all, and how many sequences and tokens those are."""
+        return step_scale(self.name, lengths, self.num_sequences, self.num_tokens, self.max_tokens, counted)
 
 
 class StepSums(NamedTuple):
-    """scale: k_t [N] float64 of this rank's tokens, 0 where one does not count. log_weights: L_i [B] of this rank's sequences.
+    """scale: k_t [N] of this rank's tokens, 0 where one does not count. log_weights: L_i [B] of this rank's sequences.
+    own_loss: -sum_t k_t v_t of this rank's tokens, 0-d float64.
 
-    Of the step, 0-d float64: num_sequences, num_tokens; totals: sums over tokens by name; scaled: of those, times k. moments:
-    its log-weights' (`ess_moments`).
+    Of the step, float64: num_sequences, num_tokens, loss: 0-d; totals: sums over tokens, [K] of each block of summands;
+    moments: its log-weights' (`ess_moments`).
     """
 
     scale: Tensor
     log_weights: Tensor
+    own_loss: Tensor
     num_sequences: Tensor
     num_tokens: Tensor
-    totals: dict[str, Tensor]
-    scaled: dict[str, Tensor]
+    loss: Tensor
+    totals: Sequence[Tensor]
     moments: Tensor
 
 
@@ -56,20 +58,18 @@ def step_sums(
     tokens: TokenBatch,
     aggregation: Aggregation,
     ess_max_weight: float | None,
-    totals: Mapping[str, Tensor],
-    scaled: Mapping[str, Tensor],
+    summands: Sequence[Tensor],
+    values: Tensor,
 ) -> StepSums:
-    """totals, scaled: [N] float64, 0 where a token does not count. Those of `scaled` are multiplied by k_t."""
-    if ranks is None:
-        lengths, log_weights = tokens.lengths, tokens.segments.reduce(tokens.log_weight)
-        scale = tokens.spread(aggregation.scale(lengths))
-        return StepSums(
-            scale, log_weights, (lengths > 0).sum().double(), lengths.sum(),
-            {name: values.sum() for name, values in totals.items()},
-            {name: (scale * values).sum() for name, values in scaled.items()},
-            ess_moments(_clipped(log_weights, ess_max_weight), lengths > 0),
-        )  # fmt: skip
-    return _of_ranks(ranks, tokens, aggregation, ess_max_weight, totals, scaled)
+    """summands: blocks [K, N], values: v_t [N] float64; 0 where a token does not count."""
+    if ranks is not None:
+        return _of_ranks(ranks, tokens, aggregation, ess_max_weight, summands, values)
+    lengths = tokens.lengths
+    step = _of_sequences(aggregation, lengths, tokens.log_weights, ess_max_weight)
+    scale = tokens.spread(step.scale)
+    loss = -(scale * values).sum()
+    totals = [block.sum(1, dtype=torch.float64) for block in summands]
+    return StepSums(scale, tokens.log_weights, loss, *step.counted, loss, totals, step.moments)
 
 
 def _of_ranks(
@@ -77,26 +77,38 @@ def _of_ranks(
     tokens: TokenBatch,
     aggregation: Aggregation,
     ess_max_weight: float | None,
-    totals: Mapping[str, Tensor],
-    scaled: Mapping[str, Tensor],
+    summands: Sequence[Tensor],
+    values: Tensor,
 ) -> StepSums:
-    own = tokens.segments.of_this_rank()
-    of_tokens = [tokens.valid.to(tokens.logp.dtype), tokens.log_weight, *totals.values(), *scaled.values()]
+    own, dtype = tokens.segments.of_this_rank(), tokens.logp.dtype
     # In logp's dtype: float64 has no segment kernels on a GPU. Sums over sequences are in float64 again.
-    sums = torch.stack([own.reduce(values.to(tokens.logp.dtype)).double() for values in of_tokens], 1)
+    of_tokens = [tokens.valid.to(dtype), tokens.log_weight, values.to(dtype), *torch.cat(list(summands)).to(dtype)]
+    sums = torch.stack([own.reduce(column) for column in of_tokens], 1).double()
     sums = collectives.summed(sums, tokens.segments.sequence_group)
     every = collectives.gathered_rows(sums, ranks.data, ranks.uneven)
-    lengths, log_weights, *rest = every.rows.unbind(1)
-    k = aggregation.scale(lengths)
+    lengths, log_weights, weighted = every.rows[:, :3].unbind(1)
+    step = _of_sequences(aggregation, lengths, log_weights, ess_max_weight)
+    scale = tokens.spread(step.scale[every.mine])
     return StepSums(
-        tokens.spread(k[every.mine]),
-        sums[:, 1].to(tokens.logp.dtype),
-        (lengths > 0).sum().double(),
-        lengths.sum(),
-        {name: values.sum() for name, values in zip(totals, rest[: len(totals)], strict=True)},
-        {name: (k * values).sum() for name, values in zip(scaled, rest[len(totals) :], strict=True)},
-        ess_moments(_clipped(log_weights, ess_max_weight), lengths > 0),
-    )
+        scale, sums[:, 1].to(dtype), -(scale * values).sum(), *step.counted, -(step.scale * weighted).sum(),
+        every.rows[:, 3:].sum(0).split([len(block) for block in summands]), step.moments,
+    )  # fmt: skip
+
+
+class _Sequences(NamedTuple):
+    """Of the step's sequences: k_i [B], how many they and their tokens are, moments of their log-weights."""
+
+    scale: Tensor
+    counted: tuple[Tensor, Tensor]
+    moments: Tensor
+
+
+def _of_sequences(
+    aggregation: Aggregation, lengths: Tensor, log_weights: Tensor, ess_max_weight: float | None
+) -> _Sequences:
+    moments = ess_moments(_clipped(log_weights, ess_max_weight), lengths > 0)
+    counted = moments[2], lengths.sum()
+    return _Sequences(aggregation.scale(lengths, counted), counted, moments)
 
 
 def _clipped(log_weights: Tensor, ess_max_weight: float | None) -> Tensor:

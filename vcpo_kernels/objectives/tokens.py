@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.core.dtypes import widened
+from vcpo_kernels.core.dtypes import detached, in_dtype, widened
 from vcpo_kernels.core.scalars import Number, filled, number
 from vcpo_kernels.rows.token_stats import TokenStats, check_stats
 from vcpo_kernels.sequences.log_weights import UNTRUNCATED_LIMIT
@@ -23,12 +23,12 @@ from vcpo_kernels.sequences.segments import Segments, check_seen, check_segments
 
 def exp_or_drop(log_values: Tensor) -> Tensor:
     """exp, except that e^80 and more become inf, whose token the builder drops and counts. NaN stays NaN."""
-    return torch.where(log_values < UNTRUNCATED_LIMIT, log_values.exp(), log_values + math.inf)
+    return torch.where(log_values >= UNTRUNCATED_LIMIT, math.inf, log_values).exp()
 
 
 def times(weights: Tensor, advantages: Tensor) -> Tensor:
     """weights * advantages, exactly 0 where either is 0, whatever the other holds."""
-    return torch.where((advantages == 0) | (weights == 0), 0.0, weights * advantages)
+    return torch.where(torch.logical_and(weights, advantages), weights * advantages, 0.0)
 
 
 def by_flag(flags: Tensor, yes: Number, no: Number, like: Tensor) -> Tensor:
@@ -62,8 +62,15 @@ class TokenBatch:
     def lengths(self) -> Tensor:
         """|T_i|, [B] float64. Where sequences are split over ranks, the first look at it is a collective."""
         if "lengths" not in self._known:
-            self._known["lengths"] = self.segments.reduce(self.valid.to(self.logp.dtype)).double()
+            self._known["lengths"] = in_dtype(self.segments.reduce(self.valid.to(self.logp.dtype)), torch.float64)
         return self._known["lengths"]
+
+    @property
+    def log_weights(self) -> Tensor:
+        """L_i, the sum of log_weight, [B]. A collective like `lengths`."""
+        if "log_weights" not in self._known:
+            self._known["log_weights"] = self.segments.reduce(self.log_weight)
+        return self._known["log_weights"]
 
     @property
     def ratio(self) -> Tensor:
@@ -72,20 +79,23 @@ class TokenBatch:
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """[N] -> [N]: each token gets the sum over its sequence's tokens (accumulated in float64)."""
-        return self.spread(self.segments.reduce(values))
+        return self.spread(self._sums(values))
 
     def sequence_mean(self, values: Tensor) -> Tensor:
         """[N] -> [N]: each token gets the mean over its sequence's tokens."""
-        sums = self.segments.reduce(values)
-        return self.spread(sums / self.lengths.clamp(min=1).to(sums.dtype))
+        sums = self._sums(values)
+        return self.spread(sums / in_dtype(self.lengths.clamp(min=1), sums.dtype))
+
+    def _sums(self, values: Tensor) -> Tensor:
+        return self.log_weights if values is self.log_weight else self.segments.reduce(values)
 
     def spread(self, per_sequence: Tensor) -> Tensor:
         """[B] -> [N] in logp's dtype, 0 where a token does not count."""
-        return self.segments.expand(per_sequence.to(self.logp.dtype), self.logp.shape[0])
+        return self.segments.expand(in_dtype(per_sequence, self.logp.dtype), self.logp.shape[0])
 
     def any_of_sequence(self, flags: Tensor) -> Tensor:
-        """Bool [N] -> [N]: whether the flag is up at any token of the sequence."""
-        return self.sequence_sum((flags & self.valid).to(self.logp.dtype)) > 0
+        """Bool [N] -> [N]: whether the flag is up at any token of the sequence that counts."""
+        return self.sequence_sum(flags.to(self.logp.dtype)) > 0
 
     @property
     def mask(self) -> Tensor | None:
@@ -115,7 +125,7 @@ def token_batch(
     check_segments(check, segments)
     check_stats(check, stats)
     # In fp32 the segment ops stay on a GPU's own kernels, which float64 has not.
-    logp = widened(segments.flat(check, "stats", stats.logp)).detach()
+    logp = widened(detached(segments.flat(check, "stats", stats.logp)))
     check_seen(check, segments, stats)
     segments = segments.seen_by(stats)
     valid = segments.valid(logp.numel())
@@ -123,28 +133,29 @@ def token_batch(
     def tokens(name: str, value: Tensor) -> Tensor:
         return torch.where(valid, like_logp(check, name, value, segments, logp), 0.0)
 
-    theta, mu = tokens("stats", stats.logp), tokens("behavior_logp", behavior_logp)
+    theta, mu = torch.where(valid, logp, 0.0), tokens("behavior_logp", behavior_logp)
     proximal = None if proximal_logp is None else tokens("proximal_logp", proximal_logp)
     per_sequence = isinstance(advantages, Tensor) and tuple(advantages.shape) == (segments.num_sequences,)
     if per_sequence:
         check.plain("advantages", advantages)
         check.same_device("advantages", advantages, "stats", logp)
-        spread = segments.expand(advantages.detach().to(logp.dtype), logp.numel())
+        spread = segments.expand(in_dtype(detached(advantages), logp.dtype), logp.numel())
     else:
         _check_token_advantages(check, advantages, segments, stats.logp)
         spread = tokens("advantages", advantages)
-    if checks.readable(spread) and not bool(spread.isfinite().all()):
+    if checks.readable(spread) and len(spread) and not math.isfinite(torch.linalg.vector_norm(spread, math.inf)):
         at = int((~spread.isfinite()).nonzero()[0])
         raise check.value_error(
             f"advantages of valid tokens must be finite, got {float(spread[at])} at flat position {at}. "
             "Give failed samples a finite reward, or mask all their tokens out."
         )
+    log_weight = theta - mu
     return TokenBatch(
         logp=theta,
         behavior_logp=mu,
         advantages=spread,
-        log_weight=theta - mu,
-        log_ratio=theta - (mu if proximal is None else proximal),
+        log_weight=log_weight,
+        log_ratio=log_weight if proximal is None else theta - proximal,
         log_correction=None if proximal is None else proximal - mu,
         valid=valid,
         sequence_advantages=per_sequence,
@@ -155,9 +166,9 @@ def token_batch(
 def like_logp(check: Check, name: str, value: Tensor, segments: Segments, logp: Tensor) -> Tensor:
     """A floating token tensor as flat [N], detached, in logp's dtype, after checking that it belongs to the batch."""
     check.tensor(name, value, checks.FLOAT_DTYPES, f"Convert it: {name}.float().")
-    flat = segments.flat(check, name, value).detach()
+    flat = detached(segments.flat(check, name, value))
     check.shape(name, flat, logp.shape, "as many tokens as stats")
-    return flat.to(logp.dtype)
+    return in_dtype(flat, logp.dtype)
 
 
 def _check_token_advantages(check: Check, advantages: object, segments: Segments, logp: Tensor) -> None:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
+
 from vcpo_kernels.core.checks import Check
-from vcpo_kernels.core.scalars import Number, log
+from vcpo_kernels.core.scalars import Number, clamped, log
 from vcpo_kernels.objectives.build import TokenTerms
 from vcpo_kernels.objectives.correction import Correction, check_bounds, corrected_weights
 from vcpo_kernels.objectives.token_objective import TokenObjective
-from vcpo_kernels.objectives.tokens import TokenBatch, by_flag, require_sequence_advantages, times
+from vcpo_kernels.objectives.tokens import TokenBatch, require_sequence_advantages, times
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,13 +202,10 @@ class TOPR(TokenObjective):
     def rule(self, tokens: TokenBatch) -> TokenTerms:
         require_sequence_advantages(self.check, tokens)
         log_w = tokens.sequence_sum(tokens.log_weight)
-        good = tokens.advantages >= 0
-        low, high = (
-            by_flag(good, _log(positive), _log(negative), log_w)
-            for positive, negative in zip(self.positive_range, self.negative_range, strict=True)
-        )
-        weights = log_w.clamp(low, high).exp()
-        metrics = {"truncated_fraction": (log_w < low) | (log_w > high), "weight_mean": weights}
+        good, bad = (clamped(log_w, _log(low), _log(high)) for low, high in (self.positive_range, self.negative_range))
+        tapered = torch.where(tokens.advantages >= 0, good, bad)
+        weights = tapered.exp()
+        metrics = {"truncated_fraction": tapered != log_w, "weight_mean": weights}
         return TokenTerms(times(weights, tokens.advantages), metrics=metrics, per_sequence=True)
 
 

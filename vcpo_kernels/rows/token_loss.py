@@ -43,8 +43,8 @@ def _scalar(logp: Tensor, *rest: Any) -> Tensor:
     return logp.new_empty(())
 
 
-# (logp [N], entropy [N], coefficients [N], entropy_coefficients [N] or None, value): value, 0-d, with gradient -coefficients to
-# logp and -entropy_coefficients to entropy.
+# (logp, entropy, coefficients in logp's shape, entropy_coefficients in entropy's or None, value): value, 0-d, with gradient
+# -coefficients to logp and -entropy_coefficients to entropy.
 token_loss = define_op(
     "token_loss(Tensor logp, Tensor entropy, Tensor coefficients, Tensor? entropy_coefficients, Tensor value) -> Tensor",
     _token_loss, _scalar, _save_coefficients, _token_loss_backward, twice=True, bypass=True,

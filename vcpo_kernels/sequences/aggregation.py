@@ -5,7 +5,6 @@ Layer: sequences [B].
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vcpo_kernels.core.checks import Check
@@ -20,13 +19,12 @@ def aggregation_scale(
 ) -> Tensor:
     """k_i [B] float64. A sequence without tokens gets a finite number; its coefficient is 0 all the same."""
     if aggregation == "token-mean":
-        return (1 / num_tokens.clamp(min=1)).expand_as(lengths)
-    per_sequence = {
-        "seq-mean-token-mean": lengths.clamp(min=1),
-        "seq-mean-token-sum": torch.ones_like(lengths),
-        "seq-mean-token-sum-norm": filled(lengths, max_tokens or 1.0),
-    }[aggregation]
-    return 1 / (num_sequences.clamp(min=1) * per_sequence)
+        return num_tokens.clamp(min=1).reciprocal().expand_as(lengths)
+    sequences = num_sequences.clamp(min=1)
+    if aggregation == "seq-mean-token-mean":
+        return (sequences * lengths.clamp(min=1)).reciprocal()
+    longest = (max_tokens or 1.0) if aggregation == "seq-mean-token-sum-norm" else 1.0
+    return (sequences * longest).reciprocal().expand_as(lengths)
 
 
 def step_scale(
@@ -35,9 +33,11 @@ def step_scale(
     num_sequences: float | Tensor | None,
     num_tokens: float | Tensor | None,
     max_tokens: float | None,
+    counted: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`aggregation_scale` with the step's counts as given, or where None counted in lengths [B] float64."""
-    counted = ((lengths > 0).sum().double(), lengths.sum())
+    """`aggregation_scale` with the step's counts as given, or where None counted in lengths [B] float64 (`counted`: done)."""
+    if counted is None:
+        counted = (lengths > 0).sum(dtype=lengths.dtype), lengths.sum()
     totals = [c if n is None else filled(c, n) for n, c in zip((num_sequences, num_tokens), counted, strict=True)]
     return aggregation_scale(aggregation, lengths, totals[0], totals[1], max_tokens)
 

@@ -8,6 +8,7 @@ a GPU the metrics `log_ratio_abs_mean` and `log_ratio_negative_fraction` say the
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -15,11 +16,14 @@ import torch
 from torch import Tensor
 
 from vcpo_kernels.core import checks
+from vcpo_kernels.core.dtypes import detached
 
 FAR = 1.0  # nats a token: policies that are a hundred updates apart differ by tenths
 ENOUGH_TOKENS = 64  # before a share of signs says anything
 ONE_SIDED = 0.98  # of the tokens that differ at all
 NOTICEABLE = 5e-3  # nats a token; below, a sampler's own rounding
+DIFFERENT = 1e-4  # nats, as the next: a token's sign counts
+POSITIVE = 1e-3  # from which on it is no log-probability
 UNKNOWN = (
     "off by one (behavior_logp[:, t] belongs to ids[:, t]), another temperature or softcap than the sampler's, other token "
     "ids or attention masks (left padding needs position ids)?"
@@ -30,16 +34,18 @@ _said: set[str] = set()
 
 def log_ratio_metrics(log_ratio: Tensor, valid: Tensor) -> dict[str, Tensor]:
     """Mean magnitude of log pi - log mu [N] over the tokens that count and have a finite one, and the share of them below 0."""
-    return log_ratio_means({name: values.sum() for name, values in log_ratio_values(log_ratio, valid).items()})
+    values = log_ratio_values(log_ratio, valid)
+    return log_ratio_means({name: value.sum(dtype=torch.float64) for name, value in values.items()})
 
 
 def log_ratio_values(log_ratio: Tensor, valid: Tensor) -> dict[str, Tensor]:
-    """What `log_ratio_means` wants the sums of, [N] float64."""
-    finite = valid & log_ratio.isfinite()
+    """What `log_ratio_means` wants the sums of, in float64: [N], flags and magnitudes."""
+    magnitude = log_ratio.abs()
+    finite = valid & (magnitude < math.inf)
     return {
-        "log_ratio_finite": finite.double(),
-        "log_ratio_abs": torch.where(finite, log_ratio.abs(), 0.0).double(),
-        "log_ratio_negative": (finite & (log_ratio < 0)).double(),
+        "log_ratio_finite": finite,
+        "log_ratio_abs": torch.where(finite, magnitude, 0.0),
+        "log_ratio_negative": finite & (log_ratio < 0),
     }
 
 
@@ -52,12 +58,33 @@ def log_ratio_means(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def warn_of_behavior(where: str, logp: Tensor, behavior_logp: Tensor, valid: Tensor) -> None:
-    """logp, behavior_logp: flat [N]. valid: bool [N], the tokens that count."""
-    if not checks.readable(logp) or not bool(valid.any()):
+def warn_of_behavior(
+    where: str, logp: Tensor, behavior_logp: Tensor, valid: Tensor, log_ratio: Tensor | None = None
+) -> None:
+    """logp, behavior_logp: flat [N]. valid: bool [N], the tokens that count. log_ratio: logp - behavior_logp, of a caller who
+    has it, where all three are 0 at other tokens.
+    """
+    if not checks.readable(logp) or not len(logp):
         return
-    theta, mu = logp.detach()[valid].double(), behavior_logp.detach()[valid].double()
-    _say(where, _cause(theta, mu, logp.detach(), behavior_logp.detach(), valid))
+    logp, behavior_logp = detached(logp), detached(behavior_logp)
+    if log_ratio is None:
+        log_ratio = torch.where(valid, logp - behavior_logp, 0.0)
+        highest = torch.where(valid, behavior_logp, -math.inf).max()
+    else:
+        highest = behavior_logp.max()
+    if not _healthy(highest, log_ratio, valid) and bool(valid.any()):
+        theta, mu = logp[valid].double(), behavior_logp[valid].double()
+        _say(where, _cause(theta, mu, logp, behavior_logp, valid))
+
+
+def _healthy(highest: Tensor, log_ratio: Tensor, valid: Tensor) -> bool:
+    """Whether four numbers rule out all of `_cause`, which has the last word where they do not. NaN and inf are no health."""
+    total = torch.linalg.vector_norm(log_ratio, 1, dtype=torch.float64)
+    above = (log_ratio > DIFFERENT).sum()
+    peak, magnitude, more, count = torch.stack([highest, total, above, valid.sum()]).tolist()
+    # One-sided are, noticeably, ONE_SIDED of those that differ.
+    mixed = magnitude < NOTICEABLE * count or more > (1 - ONE_SIDED) * count
+    return peak <= POSITIVE and 0 < magnitude <= FAR * count and mixed
 
 
 def warn_of_means(where: str, tokens: float, abs_mean: float, negative_fraction: float) -> None:
@@ -85,7 +112,7 @@ def _cause(theta: Tensor, mu: Tensor, logp: Tensor, behavior_logp: Tensor, valid
         )
     theta, mu = theta[finite], mu[finite]
     highest = float(mu.max())
-    if highest > 1e-3:
+    if highest > POSITIVE:
         fix = "Probabilities? Take behavior_logp.log()." if highest <= 1.001 else "Negative logs? Take -behavior_logp."
         return "positive", f"behavior_logp holds values up to {highest:.3g}, and a log-probability is at most 0. {fix}"
     ratio = theta - mu
@@ -110,7 +137,7 @@ def _likely(far: float, logp: Tensor, behavior_logp: Tensor, valid: Tensor) -> s
 
 def _one_sided(ratio: Tensor, far: float) -> tuple[str, str] | None:
     """Every token less likely than mu says: mu was over fewer entries. Between two policies over the same, signs are mixed."""
-    below, above = int((ratio < -1e-4).sum()), int((ratio > 1e-4).sum())
+    below, above = int((ratio < -DIFFERENT).sum()), int((ratio > DIFFERENT).sum())
     if below + above < ENOUGH_TOKENS or far < NOTICEABLE or below < ONE_SIDED * (below + above):
         return None
     return "support", _of_part(f"{below} of the {below + above} tokens where they differ", far)

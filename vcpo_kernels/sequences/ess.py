@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
+from vcpo_kernels.core.dtypes import in_dtype
 from vcpo_kernels.core.trees import TensorTree
 from vcpo_kernels.parallel import collectives
 from vcpo_kernels.parallel.ranks import Ranks, check_ranks
@@ -30,28 +31,22 @@ class EffectiveSampleSize(TensorTree):
 
 def ess_moments(log_weights: Tensor, valid: Tensor | None = None) -> Tensor:
     """(log sum w, log sum w^2, B) as float64 [3]: what batches, micro-batches and ranks merge exactly (`merge_moments`)."""
-    weights = torch.where(usable(log_weights, valid), log_weights.double(), -math.inf)
-    count = torch.full_like(weights, 1.0) if valid is None else valid.double()
-    first, second = (_logsumexp(scale * weights) for scale in (1, 2))
-    return torch.stack([first, second, count.sum()])
-
-
-def _logsumexp(values: Tensor) -> Tensor:
-    empty = torch.full((1,), -math.inf, dtype=values.dtype, device=values.device)
-    return torch.logsumexp(torch.cat([values, empty]), 0)  # of nothing, or of -inf alone: -inf
+    logs = torch.where(usable(log_weights, valid), in_dtype(log_weights, torch.float64), -math.inf)
+    count = logs.new_full((1,), len(logs)) if valid is None else valid.sum(0, keepdim=True, dtype=logs.dtype)
+    return torch.cat([torch.stack([logs, 2 * logs]).logsumexp(1), count])  # of nothing, or of -inf alone: -inf
 
 
 def merge_moments(moments: Tensor) -> Tensor:
     """Moments of a union of disjoint batches: [K, 3] -> [3]."""
-    return torch.stack([_logsumexp(moments[:, 0]), _logsumexp(moments[:, 1]), moments[:, 2].sum()])
+    return torch.cat([moments[:, :2].logsumexp(0), moments[:, 2:].sum(0)])
 
 
 def ess_from_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
     """(ESS, ESS / B) from moments [3]; (0, 0) where no sequence has any weight."""
     first, second, count = moments.unbind()
-    ess = torch.where(first > -math.inf, torch.exp(2 * first - second), 0.0)
+    ess = (2 * first - second).exp().nan_to_num(0.0)  # inf - inf where there is no weight
     ess = torch.minimum(ess, count)  # rounding must not carry the ratio above 1
-    return ess, torch.where(count > 0, ess / count.clamp(min=1), 0.0)
+    return ess, ess / count.clamp(min=1)
 
 
 def effective_sample_size(

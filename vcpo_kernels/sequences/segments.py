@@ -269,7 +269,7 @@ class Segments(TensorTree):
                 f"{name} must hold the {int(self.offsets[-1])} tokens that cu_seqlens spans, "
                 f"got {checks.describe(value)}."
             )
-        return value.reshape(-1)
+        return value if value.dim() == 1 else value.reshape(-1)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of each sequence's valid tokens: [B] from a token tensor. Accumulated in float64; differentiable.
@@ -325,6 +325,8 @@ class Segments(TensorTree):
 
     def valid(self, num_tokens: int) -> Tensor:
         """Which of the flat tokens count: bool [num_tokens]."""
+        if self.max_length is not None and self.mask is not None:  # padded: every token is of a sequence
+            return self.mask
         return (
             self.expand(torch.ones(self.num_sequences, dtype=torch.float32, device=self.offsets.device), num_tokens) > 0
         )
