@@ -2,12 +2,13 @@
 
     python -m benchmarks.run_steps [--model llama-512]
 
-Trainers run their own loops, held before each step. Adds steps.jsonl and .csv to --out, by default runs/bench/<device>. Needs
-TRL, and for smollm2 the model (`make smollm2`).
+Trainers run their own loops, held before each step. Writes steps.jsonl and .csv to --out, by default runs/bench/<device>, beside what
+they hold of other models and numbers of threads. Needs TRL, and for smollm2 the model (`make smollm2`).
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +21,7 @@ from rich.progress import Progress
 from benchmarks.cases.steps import COMPLETION_TOKENS, PROMPT_TOKENS, SEQUENCES, Work, small_llama, smollm2
 from benchmarks.comparisons.steps import measure
 from benchmarks.harness.clock import Rounds
-from benchmarks.harness.results import Row, write_files
+from benchmarks.harness.results import Row, read, write_files
 from benchmarks.options import Commit, Out, console, folder_of, versions
 from benchmarks.report.console import STEPS, table
 
@@ -39,28 +40,32 @@ def main(
         list[str] | None, typer.Option(help=f"of {', '.join(MODELS)}; may be given more than once")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 7,
-    threads: Annotated[int, typer.Option(min=1, help="of torch's operations")] = torch.get_num_threads(),
+    threads: Annotated[
+        list[int] | None, typer.Option(min=1, help="of torch's operations; may be given more than once")
+    ] = None,
     out: Out = None,
     commit: Commit = False,
 ) -> None:
     """Weigh, time and write the comparison."""
     if unknown := [m for m in model or () if m not in MODELS]:
         raise typer.BadParameter(f"--model must be of {', '.join(MODELS)}, got {unknown[0]!r}")
-    torch.set_num_threads(threads)
     device = torch.device("cpu")  # what trainers do on a GPU is measured there
     folder = folder_of(out, commit, device)
     clock = Rounds(device, repeats)
     results: list[Row] = []
     warnings.simplefilter("ignore")  # of trainers that are told to run for ever
     with Progress(console=console, transient=True) as progress:
-        for name in model or MODELS:
+        for name, count in itertools.product(model or MODELS, threads or (1, 2)):
+            torch.set_num_threads(count)
             rows, left_out = measure(MODELS[name](), clock, progress)
             tokens = f"{SEQUENCES} sequences of {PROMPT_TOKENS} + {COMPLETION_TOKENS} tokens"
-            console.print(table(rows, f"{rows[0]['work']}, {tokens}, fp32, {threads} threads", STEPS))
+            console.print(table(rows, f"{rows[0]['work']}, {tokens}, fp32, {count} threads", STEPS))
             for case, why in left_out.items():
                 console.print(f"left out: {case}: {why}")
             results += [{**row, **versions()} for row in rows]
-    write_files(results, folder, "steps")
+    measured = {(row["work"], row["threads"]) for row in results}
+    kept = [r for r in read(folder / "steps.jsonl") if (r["work"], r["threads"]) not in measured]
+    write_files(kept + results, folder, "steps")
     console.print(f"written to {folder}")
 
 

@@ -102,7 +102,7 @@ class TrainerStep:
     def __init__(self, make: Callable[[], Any]) -> None:
         self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
-        self._over = False
+        self._over, self._threads = False, torch.get_num_threads()  # which a new thread does not inherit
         self._thread = threading.Thread(target=self._train, args=(make,), daemon=True)
         self._thread.start()
         self._wait()  # until it is about to take its first step
@@ -123,6 +123,7 @@ class TrainerStep:
             raise self._error
 
     def _train(self, make: Callable[[], Any]) -> None:
+        torch.set_num_threads(self._threads)
         try:
             trainer = make()
             trainer.add_callback(self._callback())
