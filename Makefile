@@ -122,6 +122,7 @@ bench: setup  ## the comparisons on this machine, into runs/bench; `make bench-p
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.run_linear
 	$(BIN)/python -m benchmarks.run_sequence_gradients
+	$(BIN)/python -m benchmarks.run_steps --model llama-512 --model llama-8192
 
 bench-peers: setup
 	$(BIN)/python -m pip install --quiet --constraint requirements-dev.txt trl liger-kernel cut-cross-entropy

@@ -13,7 +13,7 @@ import typer
 
 from benchmarks.gpu import tables as gpu_tables
 from benchmarks.harness.results import RESULTS
-from benchmarks.report import cpu_tables, lab, scale_plan, study
+from benchmarks.report import cpu_tables, lab, scale_plan, steps, study
 from benchmarks.report.pages import BENCHMARKS, LAB, PARALLEL, README, STUDY, filled
 
 app = typer.Typer(add_completion=False)
@@ -24,7 +24,7 @@ def main(check: Annotated[bool, typer.Option(help="fail instead of writing")] = 
     """Fill the pages from the results, and draw the README's picture."""
     runs = lab.read_runs()
     tables = cpu_tables.tables() | {"gpu": gpu_tables.of_all(RESULTS)}
-    readme = {"token_stats": tables.pop("token_stats")}
+    readme = {"steps": steps.steps_table()}
     parts = {
         README: readme, BENCHMARKS: tables, STUDY: study.tables(), LAB: lab.parts(runs), PARALLEL: scale_plan.tables(),
     }  # fmt: skip

@@ -2,8 +2,8 @@
 
     python -m benchmarks.run_steps [--model llama-512]
 
-Trainers run their own loops, held before each step. Writes steps.jsonl and .csv to --out, by default runs/bench/<device>, beside what
-they hold of other models and numbers of threads. Needs TRL, and for smollm2 the model (`make smollm2`).
+Trainers run their own loops, held before each step. Writes steps.jsonl and .csv to --out, by default runs/bench/<device>,
+beside what they hold of other models and numbers of threads. Needs TRL, and for smollm2 the model (`make smollm2`).
 """
 
 from __future__ import annotations

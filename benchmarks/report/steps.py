@@ -14,22 +14,29 @@ def steps_table() -> str:
     threads = sorted({r["threads"] for r in rows})
     heads = "".join(f" ms, {n} thread{'s' * (n > 1)} |" for n in threads)
     lines = [
-        f"An optimizer step, generation excluded, fp32, medians of {rows[0]['repeats']} interleaved rounds; "
-        f"{read_environment(MACHINE)['cpu'].split(',')[0]}, torch {rows[0]['torch']}. In brackets: times the line held against, "
-        "the first of its kind.",
+        f"An optimizer step, generation excluded, fp32, medians of {_range([r['repeats'] for r in rows])} interleaved rounds; "
+        f"{read_environment(MACHINE)['cpu'].split(',')[0]}, torch {rows[0]['torch']}. In brackets: times the line above that "
+        "it is held against.",
         "",
         f"| | |{heads} memory beyond the model, MiB |",
         "|---|---|" + "---:|" * (len(threads) + 1),
     ]
     for work in dict.fromkeys(r["work"] for r in rows):
         for name in dict.fromkeys(r["name"] for r in rows if r["work"] == work):
-            of_threads = [next(r for r in rows if (r["work"], r["name"], r["threads"]) == (work, name, n)) for n in threads]
-            times = "".join(f" {r['median_ms']:.0f}{_factor(r, 'of_base')} |" for r in of_threads)
-            memory = of_threads[0]["peak_extra_mib"]
-            shown = "" if memory is None else f"{memory:.0f}{_factor(of_threads[0], 'of_base_memory')}"
-            lines.append(f"| {work} | {name} |{times} {shown} |")
+            found = {r["threads"]: r for r in rows if (r["work"], r["name"]) == (work, name)}
+            times = "".join(f" {_cell(found.get(n), 'median_ms', 'of_base')} |" for n in threads)
+            memory = _cell(found[max(found)], "peak_extra_mib", "of_base_memory")
+            lines.append(f"| {work} | {name} |{times} {memory} |")
     return "\n".join(lines)
 
 
-def _factor(row: Row, field: str) -> str:
-    return "" if row["name"] == row["against"] or row[field] is None else f" ({row[field]:.2f})"
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _cell(row: Row | None, field: str, of_base: str) -> str:
+    if row is None or row[field] is None:
+        return ""
+    factor = "" if row["name"] == row["against"] or row[of_base] is None else f" ({row[of_base]:.2f})"
+    return f"{row[field]:.0f}{factor}"

@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import options, run, run_linear, run_sequence_gradients
+from benchmarks import options, run, run_linear, run_sequence_gradients, run_steps
 from benchmarks.cases.rows import FORWARD
 from benchmarks.comparisons.rows import ERROR_BOUND
 from examples import baseline_study
@@ -52,7 +52,7 @@ def test_committed_results_are_written_only_when_asked() -> None:
 
 
 def test_no_command_goes_to_committed_folders_by_default() -> None:
-    apps = (run.app, run_linear.app, run_sequence_gradients.app, baseline_study.app, cli.app)
+    apps = (run.app, run_linear.app, run_sequence_gradients.app, run_steps.app, baseline_study.app, cli.app)
     seen = [
         Path(default)
         for app in apps
@@ -63,7 +63,7 @@ def test_no_command_goes_to_committed_folders_by_default() -> None:
     assert {path.parts[0] for path in seen} == {"runs"}
 
 
-@pytest.mark.parametrize("app", [run.app, run_linear.app, run_sequence_gradients.app])
+@pytest.mark.parametrize("app", [run.app, run_linear.app, run_sequence_gradients.app, run_steps.app])
 def test_two_folders_are_refused(app: typer.Typer, tmp_path: Path) -> None:
     """Before anything is measured."""
     result = runner.invoke(app, ["--commit", "--out", str(tmp_path)])
@@ -79,3 +79,9 @@ def test_wrong_options(wrong: list[str], message: str) -> None:
     result = runner.invoke(run.app, wrong)
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_steps_refuses_an_unknown_model() -> None:
+    result = runner.invoke(run_steps.app, ["--model", "gpt-9"])
+    assert result.exit_code == 2
+    assert "--model must be of llama-512" in result.output
