@@ -19,7 +19,7 @@ import typer
 from rich.progress import Progress
 
 from benchmarks.cases.steps import COMPLETION_TOKENS, PROMPT_TOKENS, SEQUENCES, Work, small_llama, smollm2
-from benchmarks.comparisons.steps import measure
+from benchmarks.comparisons.steps import CASES, measure
 from benchmarks.harness.clock import Rounds
 from benchmarks.harness.results import Row, read, write_files
 from benchmarks.options import Commit, Out, console, folder_of, versions
@@ -39,6 +39,7 @@ def main(
     model: Annotated[
         list[str] | None, typer.Option(help=f"of {', '.join(MODELS)}; may be given more than once")
     ] = None,
+    case: Annotated[list[str] | None, typer.Option(help="by name, with its base; may be given more than once")] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 7,
     threads: Annotated[
         list[int] | None, typer.Option(min=1, help="of torch's operations; may be given more than once")
@@ -47,8 +48,14 @@ def main(
     commit: Commit = False,
 ) -> None:
     """Weigh, time and write the comparison."""
+    names = [c.name for c in CASES]
     if unknown := [m for m in model or () if m not in MODELS]:
         raise typer.BadParameter(f"--model must be of {', '.join(MODELS)}, got {unknown[0]!r}")
+    if unknown := [c for c in case or () if c not in names]:
+        raise typer.BadParameter(f"--case must be of {', '.join(names)}, got {unknown[0]!r}")
+    cases = tuple(c for c in CASES if not case or c.name in case)
+    if alone := [c.name for c in cases if c.against not in {base.name for base in cases}]:
+        raise typer.BadParameter(f"--case {alone[0]!r} goes with the one that it is held against")
     device = torch.device("cpu")  # what trainers do on a GPU is measured there
     folder = folder_of(out, commit, device)
     clock = Rounds(device, repeats)
@@ -57,11 +64,11 @@ def main(
     with Progress(console=console, transient=True) as progress:
         for name, count in itertools.product(model or MODELS, threads or (1, 2)):
             torch.set_num_threads(count)
-            rows, left_out = measure(MODELS[name](), clock, progress)
+            rows, left_out = measure(MODELS[name](), clock, progress, cases)
             tokens = f"{SEQUENCES} sequences of {PROMPT_TOKENS} + {COMPLETION_TOKENS} tokens"
             console.print(table(rows, f"{rows[0]['work']}, {tokens}, fp32, {count} threads", STEPS))
-            for case, why in left_out.items():
-                console.print(f"left out: {case}: {why}")
+            for missing, why in left_out.items():
+                console.print(f"left out: {missing}: {why}")
             results += [{**row, **versions()} for row in rows]
     measured = {(row["work"], row["threads"]) for row in results}
     kept = [r for r in read(folder / "steps.jsonl") if (r["work"], r["threads"]) not in measured]
