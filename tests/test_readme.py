@@ -11,7 +11,7 @@ import torch
 
 def test_readme_loop_runs() -> None:
     text = Path("README.md").read_text() + Path("docs/usage.md").read_text()
-    loop, head, two_phases, exact, objective = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loop, head, micro_batches, two_phases, exact, objective = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -35,12 +35,13 @@ def test_readme_loop_runs() -> None:
     assert not torch.equal(model.head.weight, before)
 
     gradients = []
-    for code in (head, two_phases):  # the same batch, the same weights
+    for code in (head, micro_batches, two_phases):  # the same batch, the same weights
         model.zero_grad()
         exec(code, names)
         gradients.append([p.grad.clone() for p in model.parameters()])
-    for whole, split in zip(*gradients, strict=True):
-        torch.testing.assert_close(split, whole)
+    for whole, *split in zip(*gradients, strict=True):
+        for of_parts in split:
+            torch.testing.assert_close(of_parts, whole)
 
     model.zero_grad()
     exec(exact, names)
