@@ -66,10 +66,10 @@ def description() -> dict[str, object]:
 
 
 def environment() -> str:
-    """environment.txt, as the package itself reports it."""
+    """environment.txt, as the package itself reports it, but for the folder: it is committed, and says what machine it was."""
     from vcpo_kernels import env
 
-    return "".join(f"{name}: {value}\n" for name, value in env.report())
+    return "".join(f"{name}: {value}\n" for name, value in env.report() if name != "imported from")
 
 
 def read_environment(folder: Path) -> dict[str, str]:

@@ -30,6 +30,7 @@ def test_writes_every_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(r["max_error"] <= ERROR_BOUND[r["work"]] for r in rows if "max_error" in r)
     for name in ("token_stats.csv", "token_stats.png", "environment.txt"):
         assert (tmp_path / name).stat().st_size > 0
+    assert str(Path.cwd()) not in (tmp_path / "environment.txt").read_text()  # results are committed
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
