@@ -75,9 +75,7 @@ class Switches:
 
 # Of float32 and of float64 arrays.
 def segment_sum_f32(out: int, values: int, segments: Segments, threads: int) -> None: ...
-def segment_sum_f64(out: int, values: int, segments: Segments, threads: int) -> None: ...
 def segment_spread_f32(out: int, per_sequence: int, segments: Segments, threads: int) -> None: ...
-def segment_spread_f64(out: int, per_sequence: int, segments: Segments, threads: int) -> None: ...
 def vcpo_coefficients_f32(
     inputs: list[int],
     group_size: int,
@@ -87,12 +85,7 @@ def vcpo_coefficients_f32(
     switches: Switches,
     threads: int,
 ) -> None: ...
-def vcpo_coefficients_f64(
-    inputs: list[int],
-    group_size: int,
-    num_groups: int,
-    outputs: list[int],
-    segments: Segments,
-    switches: Switches,
-    threads: int,
-) -> None: ...
+
+segment_sum_f64 = segment_sum_f32
+segment_spread_f64 = segment_spread_f32
+vcpo_coefficients_f64 = vcpo_coefficients_f32

@@ -61,7 +61,7 @@ class HeadOutput:
     def __post_init__(self) -> None:
         if self._sharded is not None:  # what FSDP2's output_dtype made of it would take a whole weight of that dtype
             object.__setattr__(self, "hidden", self.hidden.to(self._sharded.dtype))
-        own = (p for p in (self.weight, self.bias) if isinstance(p, Tensor) and not hasattr(p, "full_tensor"))
+        own = (p for p in (self.weight, self.bias) if isinstance(p, Tensor) and not checks.is_dtensor(p))
         used = tuple(p[:0] for p in own if p.requires_grad)
         object.__setattr__(self, "_used", used)
 
@@ -222,7 +222,7 @@ class PatchedHead:
 
     def _of_plain(self, input: Tensor) -> TracedLogits:
         head: Any = self._head
-        if hasattr(head.weight, "full_tensor") and self._style is not None:
+        if checks.is_dtensor(head.weight) and self._style is not None:
             input = tensor_parallel.on_all_ranks(input, head.weight.device_mesh)  # as the style's own forward has it
         return self._traced(input, head.weight, head.bias)
 
@@ -247,7 +247,7 @@ class PatchedHead:
     def _operands(self, logits: TracedLogits, parameters: tuple[Parameter, Parameter]) -> Operands:
         """The weight and bias that these logits are made with."""
         own = [parameter() for parameter in parameters]
-        if hasattr(own[0], "full_tensor"):
+        if checks.is_dtensor(own[0]):
             return logits.of_shared_head(*own)
         Check("patch_head").plain("the head's weight", own[0])
         used = logits.of_head(*own)

@@ -91,7 +91,7 @@ class TracedLogits:
                 "its rows (ColwiseParallel). Use token_stats on the model's logits."
             )
         hidden: Any = self.hidden
-        if not hasattr(hidden, "full_tensor") or hidden.device_mesh != weight.device_mesh:
+        if not checks.is_dtensor(hidden) or hidden.device_mesh != weight.device_mesh:
             raise RuntimeError(
                 "patch_head: the head's weight is a DTensor, of which this rank has a part, and nothing says that the other "
                 "ranks have the same tokens. Under tensor parallelism put the head into the plan (ColwiseParallel); under "

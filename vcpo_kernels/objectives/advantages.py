@@ -12,16 +12,8 @@ from torch import Tensor
 from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import wide
-from vcpo_kernels.parallel import collectives
-from vcpo_kernels.parallel.ranks import Ranks, check_ranks
-from vcpo_kernels.sequences.baselines import (
-    StepGroups,
-    check_groups,
-    check_norms,
-    check_rewards,
-    group_baselines,
-    grouped,
-)
+from vcpo_kernels.parallel.ranks import Ranks
+from vcpo_kernels.sequences.baselines import check_norms, check_rewards, group_baselines, grouped, step_columns
 from vcpo_kernels.sequences.log_weights import usable
 
 STD_FLOOR = 1e-8  # as vcpo_loss: a smaller deviation does not divide
@@ -56,25 +48,13 @@ class GroupedRewards:
             check.same_device("valid", valid, "rewards", rewards)
         if isinstance(groups, Tensor):
             check.same_device("groups", groups, "rewards", rewards)
-        self.dtype, self.mine = wide(rewards.dtype), slice(None)
-        self.r, self.columns = rewards.detach().double(), [c.detach().double() for c in columns]
-        if ranks is None:
-            found, size, self.count = check_groups(check, groups, rewards.shape[0], num_groups)
-            self.ids = torch.arange(rewards.shape[0], device=rewards.device) // size if found is None else found
-        else:
-            valid = self._gather(check, ranks, StepGroups.checked(check, groups, rewards.shape[0], num_groups), valid)
-        check_rewards(check, self.r, valid)
-        self.ok = valid & self.r.isfinite()
-
-    def _gather(self, check: Check, ranks: Ranks, groups: StepGroups, valid: Tensor) -> Tensor:
-        """The step's sequences in place of this rank's; which of them are valid."""
-        check_ranks(check, ranks)
-        own = torch.stack([self.r, groups.local_ids(self.r).double(), valid.double(), *self.columns], 1)
-        every = collectives.gathered_rows(own, ranks.data, ranks.uneven)
-        self.r, ids, valid, *self.columns = every.rows.unbind(1)
-        self.ids, self.count = groups.of_step(check, ids, every.first)
-        self.mine = every.mine
-        return valid != 0
+        own = [c.detach().double() for c in (rewards, valid, *columns)]
+        (self.r, in_step, *self.columns), self.ids, self.count, self.mine = step_columns(
+            check, own, groups, num_groups, ranks
+        )
+        self.dtype = wide(rewards.dtype)
+        check_rewards(check, self.r, in_step != 0)
+        self.ok = (in_step != 0) & self.r.isfinite()
 
     def own(self, advantages: Tensor) -> Tensor:
         """This rank's of the step's, in the dtype of the results."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vcpo_kernels.core import checks
+
 
 def units_of(model: nn.Module) -> dict[nn.Module, Any]:
     """The unit of every module inside `model` that has one inside `model`."""
@@ -73,7 +75,7 @@ def reshard(units: Iterable[Any]) -> None:
 def gathered(units: Iterable[Any], parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, the parameters of these units are whole; afterwards as they were. parameters: as their modules have them now."""
     units = list(units)
-    sharded = any(hasattr(p, "full_tensor") for p in parameters)
+    sharded = any(checks.is_dtensor(p) for p in parameters)
     gather(units)
     try:
         yield

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vcpo_kernels.core import checks
 from vcpo_kernels.parallel import fully_sharded
 
 _TRANSFORMERS = (
@@ -40,7 +41,7 @@ class Part:
 
     def of_last_dimension(self, tensor: Any) -> Tensor:
         """These entries of the last dimension of activations: of a DTensor, or of a plain tensor that has them, or all."""
-        if hasattr(tensor, "full_tensor"):
+        if checks.is_dtensor(tensor):
             from torch.distributed.tensor import Shard
 
             local: Tensor = tensor.redistribute(self.mesh, [Shard(tensor.dim() - 1)]).to_local()
@@ -51,7 +52,7 @@ class Part:
 
 def whole(tensor: Any) -> Tensor:
     """All of a DTensor of activations, on every rank; a plain tensor as it is."""
-    if not hasattr(tensor, "full_tensor"):
+    if not checks.is_dtensor(tensor):
         plain: Tensor = tensor
         return plain
     from torch.distributed.tensor import Replicate
@@ -62,7 +63,7 @@ def whole(tensor: Any) -> Tensor:
 
 def on_all_ranks(tensor: Any, mesh: Any) -> Any:
     """Activations that every rank has whole, as the DTensor that says so, by which the ranks' gradients are added up."""
-    if hasattr(tensor, "full_tensor"):
+    if checks.is_dtensor(tensor):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 

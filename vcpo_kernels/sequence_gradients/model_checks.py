@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vcpo_kernels.core import checks
 from vcpo_kernels.core.checks import Check
 from vcpo_kernels.core.dtypes import forget_detached_casts
 from vcpo_kernels.head.patch_head import PatchedHead
@@ -67,7 +68,7 @@ def parts_of(check: Check, model: nn.Module, units: dict[nn.Module, Any]) -> dic
             at = f"{prefix}.{name}" if prefix else name
             if type(p).__name__ == "FlatParameter" or hasattr(p, "ds_status"):
                 raise check.type_error(f"parameter {at!r} is sharded ({type(p).__name__}); {_WHOLE}")
-            if hasattr(p, "full_tensor"):
+            if checks.is_dtensor(p):
                 part = _part_of(check, at, p, module in units)
                 found |= {} if part is None else {p: part}
         style = tensor_parallel.style_of(module)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vcpo_kernels.core import checks
 from vcpo_kernels.core.dtypes import widened
 from vcpo_kernels.sequence_gradients.factors import Lookup, ParameterGradient, product_of
 from vcpo_kernels.sequence_gradients.row_owners import RowOwners, Spans
@@ -144,7 +145,7 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
     own = dict(module._parameters)
     try:
         for name, p in own.items():
-            if p is not None and hasattr(p, "full_tensor"):
+            if p is not None and checks.is_dtensor(p):
                 module._parameters[name] = normal_like(p, *p.shape)  # type: ignore[assignment]
         yield
     finally:

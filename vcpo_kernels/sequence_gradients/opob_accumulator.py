@@ -89,7 +89,7 @@ class OPOBAccumulator:
         given = list(params)
         for p in given:
             CHECK.tensor("params", p, fix="Pass model.parameters(), not named_parameters().")
-            if hasattr(p, "full_tensor"):
+            if checks.is_dtensor(p):
                 raise CHECK.type_error("params holds a DTensor, of whose gradient this rank has a part only.")
             if is_slice(p):
                 raise CHECK.type_error(

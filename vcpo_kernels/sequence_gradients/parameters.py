@@ -36,7 +36,7 @@ class Parameters:
             for name, p in module._parameters.items()
             if p is not None and p.requires_grad
         }
-        sharded = [p for p in self.names if hasattr(p, "full_tensor")]
+        sharded = [p for p in self.names if checks.is_dtensor(p)]
         self.mesh: Any = sharded[0].device_mesh if sharded else None  # type: ignore[attr-defined]
         self._parts: dict[Tensor, Part] = {}
         self._vocabulary_groups: dict[Tensor, Any] = {}  # of plain tensors that a head was told to be shards
@@ -85,7 +85,7 @@ class Parameters:
         self._head_units |= {
             self._units[module]
             for (module, _), p in self._places.items()
-            if p is parameter and module in self._units and hasattr(p, "full_tensor")
+            if p is parameter and module in self._units and checks.is_dtensor(p)
         }
 
     def gather_heads(self) -> None:
@@ -158,7 +158,7 @@ class Parameters:
         """
         part = self._parts.get(parameter)
         given: Any = parameter
-        if not hasattr(parameter, "full_tensor"):
+        if not checks.is_dtensor(parameter):
             fresh = parameter.grad is None
             if parameter.grad is None and parts:
                 parameter.grad = torch.empty_like(parameter)

@@ -10,6 +10,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -136,6 +137,40 @@ class StepGroups:
         return ids, count
 
 
+class StepColumns(NamedTuple):
+    """What is known of the step's sequences. columns: each [B of all ranks] float64. ids: their groups' numbers, below
+    num_groups. mine: which of them are this rank's.
+    """
+
+    columns: list[Tensor]
+    ids: Tensor
+    num_groups: int
+    mine: slice
+
+
+def step_columns(
+    check: Check,
+    columns: list[Tensor],
+    groups: int | Tensor,
+    num_groups: int | None,
+    ranks: Ranks | None,
+    of_one: bool = False,
+) -> StepColumns:
+    """columns: each [B] float64, of this rank's sequences. With ranks, one gather over data ranks (two where uneven)."""
+    batch, device = columns[0].shape[0], columns[0].device
+    if ranks is None:
+        found, size, count = check_groups(check, groups, batch, num_groups, of_one)
+        ids = torch.arange(batch, device=device) // size if found is None else found
+        return StepColumns(columns, ids, count, slice(None))
+    check_ranks(check, ranks)
+    given = StepGroups.checked(check, groups, batch, num_groups, of_one)
+    own = torch.stack([*columns, given.local_ids(columns[0]).double()], 1)
+    every = collectives.gathered_rows(own, ranks.data, ranks.uneven)
+    *of_all, gathered = every.rows.unbind(1)
+    ids, count = given.of_step(check, gathered, every.first)
+    return StepColumns(of_all, ids, count, every.mine)
+
+
 def grouped(reduce: str, values: Tensor, ids: Tensor, count: int, start: float) -> Tensor:
     """values [B] reduced by group -> [count]; `reduce` is "sum", "amax" or "amin", `start` the value of an empty group."""
     out = torch.full((count,), start, dtype=values.dtype, device=values.device)
@@ -209,18 +244,10 @@ def off_policy_baseline(
         check.tensor(name, value, (torch.float32, torch.float64), f"Convert it: {name}.float().")
         check.shape(name, value, rewards.shape, "rewards.shape")
         check.same_device(name, value, "rewards", rewards)
-    r, log_w, norms = (v.detach().double() for v in (rewards, log_weights, score_sqnorm))
-    if ranks is None:
-        found, size, count = check_groups(check, groups, rewards.shape[0], num_groups, of_one=True)
-        ids = torch.arange(rewards.shape[0], device=rewards.device) // size if found is None else found
-        check.same_device("groups", ids, "rewards", rewards)
-    else:
-        check_ranks(check, ranks)
-        given = StepGroups.checked(check, groups, rewards.shape[0], num_groups, of_one=True)
-        columns = torch.stack([r, log_w, norms, given.local_ids(rewards).double()], 1)
-        every = collectives.gathered_rows(columns, ranks.data, ranks.uneven)
-        r, log_w, norms, gathered = every.rows.unbind(1)
-        ids, count = given.of_step(check, gathered, every.first)
+    if isinstance(groups, Tensor):
+        check.same_device("groups", groups, "rewards", rewards)
+    own = [v.detach().double() for v in (rewards, log_weights, score_sqnorm)]
+    (r, log_w, norms), ids, count, _ = step_columns(check, own, groups, num_groups, ranks, of_one=True)
     check_rewards(check, r, torch.ones_like(r, dtype=torch.bool))
     check_norms(check, "score_sqnorm", norms, usable(log_w))
     ok = usable(log_w) & r.isfinite() & (norms >= 0) & (norms < math.inf)
